@@ -1,0 +1,86 @@
+"""The other objective: direct preference optimisation (DPO, Rafailov et al. 2023) with a frozen reference.
+
+Compare sft.py: same samples, same model, same shape of code. The difference between the two files is the paper.
+"""
+import copy
+import hashlib
+import json
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from data import CHOSEN, REJECTED
+
+
+def dpo_loss(logps, ref, beta, variant="dpo"):
+    """L_DPO = -log sigmoid(beta * [(log pi(y_c) - log ref(y_c)) - (log pi(y_r) - log ref(y_r))]), each log given I, q:
+    the paper's equation for preference-based post-training. ref is the model that post-training starts from.
+
+    logps, ref: (samples, 2) summed log-probabilities of chosen and rejected under policy and frozen reference.
+    beta: strength of the pull towards the reference. variant "ipo": (margin - 1 / (2 beta))^2 (Azar et al. 2023).
+    Returns (samples,) losses; log 2 where policy = reference."""
+    reward = logps - ref                                            # implicit reward, without its factor beta
+    margin = reward[:, CHOSEN] - reward[:, REJECTED]
+    if variant == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    return -F.logsigmoid(beta * margin)
+
+
+def dpo_objective(model, batch, beta=0.1, variant="dpo"):
+    """Loss summed over the batch, what to divide it by (pairs), metrics summed over pairs."""
+    logps = model(batch)
+    loss = dpo_loss(logps, batch.ref, beta, variant).sum()
+    reward = beta * (logps.detach() - batch.ref)
+    chosen, rejected = reward[:, CHOSEN], reward[:, REJECTED]
+    return loss, len(batch), {"margin": (chosen - rejected).sum(), "accuracy": (chosen > rejected).float().sum(),
+                              "chosen": chosen.sum(), "rejected": rejected.sum()}
+
+
+# ----------------------------------------------------------------------------------------------------- the reference
+
+def frozen(model):
+    """The reference: a copy of the policy before its first step. It never moves."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def reference_logps(reference, precision, batch):
+    """The live reference: log ref(y | I, q) of a batch, (samples, 2). precision: autocast as in training, because a
+    ratio of probabilities wants both computed alike."""
+    with precision:
+        return reference(batch)
+
+
+def cached(reference, steps, file, identity, rank, world, device):
+    """The cached reference. Nothing in it changes while the policy trains: evaluate it once, keep two numbers a pair.
+
+    reference: batch -> (samples, 2). steps: batches that cover the data set, composed as in the first epoch.
+    identity: all that the numbers depend on (weights, data, template, tokenizer, precision ...); a file written
+    under another one is not used. Returns a function batch -> (samples, 2) that looks them up."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    table = read_cache(file, key)
+    if table is None:
+        table = torch.full((len(steps.data), 2), -torch.inf, device=device)
+        for step in tqdm(range(len(steps)), "reference", unit="step", disable=rank > 0, dynamic_ncols=True):
+            for batch in steps[step]:
+                table[batch.index.to(device)] = reference(batch.to(device))
+        if world > 1:
+            dist.all_reduce(table, dist.ReduceOp.MAX)
+        if rank == 0:
+            save_file({"logps": table.cpu()}, file.with_suffix(".tmp"), {"key": key})
+            os.replace(file.with_suffix(".tmp"), file)
+    table = table.to(device)
+    return lambda batch: table[batch.index]
+
+
+def read_cache(file, key):
+    try:
+        with safe_open(file, "pt") as f:
+            return f.get_tensor("logps") if (f.metadata() or {}).get("key") == key else None
+    except (OSError, SafetensorError):
+        return None
