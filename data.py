@@ -192,6 +192,9 @@ class Prepare:
         self.image_size, self.image_tokens = encoder.image_size, encoder.tokens
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.image_mean, encoder.image_std))
 
+    def row(self, sample):
+        return encode(sample, self.tokenizer, self.template, self.image_tokens, self.max_length)
+
     def picture(self, sample):
         """(3, H, W) float32, or None. Squared by resizing, as SigLIP does; alpha is dropped."""
         image = sample.image
@@ -214,7 +217,7 @@ class Prepare:
             samples = [replace(s, rejected=None) for s in samples]
         if not answers:
             samples = [replace(s, rejected=None, turns=[*s.turns[:-1], (s.turns[-1][0], None)]) for s in samples]
-        rows = [encode(s, self.tokenizer, self.template, self.image_tokens, self.max_length) for s in samples]
+        rows = [self.row(s) for s in samples]
         pictures = [self.picture(s) for s in samples]
         if blank:
             pictures = [None if p is None else torch.zeros_like(p) for p in pictures]

@@ -435,7 +435,8 @@ def read_config(folder, kind):
     values = values.get("vision_config", {}) | values | values.get("rope_parameters", {})
     if kind is LLMConfig:
         values.setdefault("attention_bias", values.get("model_type") == "qwen2")
-    return kind(**{k: v for k, v in values.items() if k in kind.__dataclass_fields__})
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+                   if k in kind.__dataclass_fields__})
 
 
 def read_weights(folder, module):

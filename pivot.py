@@ -113,16 +113,17 @@ class Settings:
     save_every: int = option(200, "steps between saves for resuming")
     eval_every: int = option(0, "steps between evaluations on held-out samples while training; 0: never")
     split: str = option("test", "scenes of the final tables; choose settings on validation", ["validation", "test"])
+    eval_scenes: int = option(300, "scenes in the final tables: 12 questions and 4 preference pairs each")
     image: str = option(None, "chat: a picture")
     question: str = option(None, "chat: a question; without one, questions are read from standard input")
     model: str = option(None, "chat: folder with encoder, projector and llm (default: the run's dpo)")
 
 
 # settings that a stage hands to the earlier stages it has to run first
-SHARED = ("runs", "preset", "seed", "max_length", "template", "select_layer", "dtype", "workers")
+SHARED = ("runs", "preset", "seed", "max_length", "template", "select_layer", "dtype", "workers", "eval_scenes")
 # settings that may change between a run and its continuation; those that name files count by the files' hashes
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "image_root", "micro_batch",
-        "workers", "save_every", "eval_every", "split", "image", "question", "model")
+        "workers", "save_every", "eval_every", "split", "eval_scenes", "image", "question", "model")
 
 
 def resolve(s):
@@ -169,6 +170,14 @@ def schedule(step, steps, warmup):
     """The factor on the peak learning rate: linear warm-up, then a cosine to zero."""
     rise = max(1, round(warmup * steps))
     return (step + 1) / rise if step < rise else .5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def freeze(model, row):
+    """Only the parts that the stage trains get gradients, and of the encoder only what runs."""
+    for name, module in model.named_children():
+        module.requires_grad_(name in row.trains or not row.needs)
+    for module in model.encoder.unused() if model.encoder else ():
+        module.requires_grad_(False)
 
 
 def make_optimizers(model, s):
@@ -377,10 +386,7 @@ def run_stage(s, rank, world, device):
     else:
         model = load_model(parts["encoder"], parts.get("projector"), parts["llm"], s.select_layer, s.seed)
     before = full_state(model) if rank == 0 else None
-    for name, module in model.named_children():
-        module.requires_grad_(name in row.trains or not row.needs)
-    for module in model.encoder.unused() if model.encoder else ():
-        module.requires_grad_(False)
+    freeze(model, row)
     model.to(device)
 
     # ---- train
@@ -390,7 +396,6 @@ def run_stage(s, rank, world, device):
     steps = data.Steps(dataset, prepare, total, s.batch, s.micro_batch, s.seed, rank, world)
     held_out = held_out and data.Steps(held_out, prepare, math.ceil(len(held_out) / s.batch), s.batch, s.micro_batch, 0,
                                        rank, world)
-    model.to(device)
     reference = None
     if row.objective == "dpo":
         reference = frozen(model) if world == 1 else shard(frozen(model))
@@ -418,7 +423,8 @@ def run_stage(s, rank, world, device):
         where = {"prepare": prepare, "device": device, "dtype": s.dtype, "rank": rank, "world": world}
         pairs, questions = held_out and held_out.data, None
         if isinstance(dataset, data.World):
-            pairs, questions = data.World("preferences", s.split, 1200), data.World("questions", s.split, 12 * 300)
+            pairs = data.World("preferences", s.split, 4 * s.eval_scenes)
+            questions = data.World("questions", s.split, len(data.CATEGORY) * s.eval_scenes)
         sides = {"before": parts, "after": {part: str(folder / part) for part in EVERYTHING}}
         if s.stage == "instruct":
             del sides["before"]

@@ -1,0 +1,208 @@
+"""The program as a user runs it: stages, reuse, resume, several processes, chat, errors."""
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+
+import pivot
+import probe
+
+TOY = ["--preset", "toy", "--dtype", "float32", "--eval-scenes", "2"]
+
+
+def weights(folder):
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in sorted(folder.rglob("model.safetensors"))}
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """All stages at toy length, under torchrun as the README says."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = run("--stage", "dpo", *TOY, "--runs", runs, processes=1)
+    return runs, done
+
+
+def test_dpo_runs_its_prerequisites_and_reports(toy):
+    runs, done = toy
+    for stage in ("encoder", "llm", "align", "lookup", "instruct", "dpo"):
+        assert (runs / "toy" / stage / "settings.json").exists() and f"toy/{stage}: done" in done.stdout
+        assert (runs / "toy" / stage / "curve.png").stat().st_size > 500 and len(log(runs / "toy" / stage)) == 4
+    assert set(weights(runs / "toy/dpo")) == {f"{p}/model.safetensors" for p in pivot.EVERYTHING}
+    for word in ("relative change", "reward margin", "exist", "knowledge", "grey", "before"):
+        assert word in done.stdout
+    assert abs(log(runs / "toy/dpo")[0]["loss"] - .6931472) < 1e-6          # log 2: policy = reference
+    assert log(runs / "toy/dpo")[0]["margin"] == 0
+
+
+def test_the_second_time_there_is_nothing_to_do(toy):
+    runs, _ = toy
+    before, start = weights(runs), time.time()
+    done = run("--stage", "dpo", *TOY, "--runs", runs)
+    assert "nothing to do" in done.stdout and "reward margin" in done.stdout
+    assert weights(runs) == before and time.time() - start < 60
+
+
+def test_frozen_parts_stay_bit_identical(toy):
+    runs, _ = toy
+    runs /= "toy"
+    assert weights(runs / "align/encoder") == weights(runs / "encoder/encoder")
+    assert weights(runs / "align/llm") == weights(runs / "llm/llm")
+    for stage, earlier in (("lookup", "align"), ("instruct", "lookup"), ("dpo", "instruct")):
+        for part in pivot.EVERYTHING:
+            old, new = (load_file(runs / s / part / "model.safetensors") for s in (earlier, stage))
+            frozen = {k for k in old if "layers.3." in k and part == "encoder" or "post_layernorm" in k}
+            assert all(torch.equal(old[k], new[k]) for k in frozen)
+            assert all(not torch.equal(old[k], new[k]) for k in set(old) - frozen), (stage, part)
+
+
+def test_other_settings_under_the_same_name_are_refused(toy):
+    runs, _ = toy
+    before = weights(runs)
+    done = run("--stage", "dpo", *TOY, "--runs", runs, "--beta", ".2", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert "beta = 0.1, now 0.2" in done.stderr and "--name" in done.stderr and weights(runs) == before
+
+
+def test_live_and_cached_reference_agree_at_every_step(toy):
+    runs, _ = toy
+    options = ["--stage", "dpo", *TOY, "--runs", runs, "--steps", "20", "--lr", "1e-3", "--encoder-lr", "1e-3"]
+    for reference in ("live", "cached"):
+        run(*options, "--name", reference, "--reference", reference)
+    live, cached = log(runs / "live/dpo"), log(runs / "cached/dpo")
+    assert len(live) == 20 and live[-1]["loss"] < .6                         # it learns, so agreement means something
+    for a, b in zip(live, cached):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["margin"] - b["margin"]) < 1e-4
+
+
+def test_a_stale_reference_is_not_used(tmp_path):
+    from dpo import cached
+    table = torch.arange(8.).view(4, 2)
+
+    class Steps(list):
+        data = range(4)
+
+    batch = type("Batch", (), {"index": torch.arange(4), "to": lambda self, device: self})()
+    look = [tmp_path / "reference.safetensors", {"weights": "a"}, 0, 1, "cpu"]
+    assert torch.equal(cached(lambda b: table, Steps([[batch]]), *look)(batch), table)
+    assert torch.equal(cached(lambda b: 1 / 0, Steps([[batch]]), *look)(batch), table)       # same identity: read
+    look[1] = {"weights": "b"}
+    assert torch.equal(cached(lambda b: -table, Steps([[batch]]), *look)(batch), -table)     # another: computed
+    look[0].write_bytes(look[0].read_bytes()[:-3])
+    assert torch.equal(cached(lambda b: table, Steps([[batch]]), *look)(batch), table)       # damaged: computed
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_same_bits_twice_and_after_sigkill(toy, tmp_path, stage):
+    """Undisturbed, repeated, and killed at random moments: the weights are the same bits."""
+    runs, _ = toy
+    base = ["--stage", stage, *TOY, "--runs", runs, "--steps", "12", "--save-every", "3", "--eval-every", "5"]
+    run(*base, "--name", f"{stage}-once")
+    rng = random.Random(stage)
+    command = [sys.executable, str(ROOT / "pivot.py"), *map(str, base), "--name", f"{stage}-killed"]
+    for _ in range(3):
+        process, file = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), \
+            runs / f"{stage}-killed" / stage / "log.jsonl"
+        at = rng.randrange(1, 11)
+        while process.poll() is None and not (file.exists() and file.read_text().count("\n") >= at):
+            time.sleep(.002)
+        time.sleep(rng.random() * .05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(*base, "--name", f"{stage}-killed")
+    once, killed = runs / f"{stage}-once" / stage, runs / f"{stage}-killed" / stage
+    assert weights(once) == weights(killed) and len(weights(once)) == 3
+    assert [{k: v for k, v in line.items() if k != "samples_per_s"} for line in log(once)] == \
+        [{k: v for k, v in line.items() if k != "samples_per_s"} for line in log(killed)]
+    assert "held_out" in log(once)[4] and not list(killed.rglob("*.tmp"))
+    run(*base, "--name", f"{stage}-twice")
+    assert weights(once) == weights(runs / f"{stage}-twice" / stage)
+
+
+@pytest.mark.parametrize("stage", ["instruct", "dpo"])
+def test_two_processes_give_the_single_process_result(toy, stage):
+    """FSDP over gloo; an odd batch, so that one rank runs short, and micro-batches."""
+    runs, _ = toy
+    options = ["--stage", stage, *TOY, "--runs", runs, "--batch", "7", "--steps", "4", "--optimizer", "adamw",
+               "--lr", "1e-3", "--encoder-lr", "1e-3"]
+    run(*options, "--name", "one")
+    run(*options, "--name", "two", "--micro-batch", "3", processes=2)
+    one, two = log(runs / "one" / stage), log(runs / "two" / stage)
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 * a["loss"] and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 * a["grad_norm"]
+    for part in pivot.EVERYTHING:
+        a, b, old = (load_file(runs / x / part / "model.safetensors") for x in
+                     (f"one/{stage}", f"two/{stage}", "toy/lookup" if stage == "instruct" else "toy/instruct"))
+        change = sum((a[k] - old[k]).square().sum() for k in a) ** .5
+        assert sum((a[k] - b[k]).square().sum() for k in a) ** .5 < .02 * change
+
+
+def test_real_preferences_from_files(toy, tmp_path):
+    from PIL import Image
+    runs, _ = toy
+    rows = []
+    for i in range(12):
+        Image.new("RGBA", (40 + i, 10), (20 * i, 0, 0, 255)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": "Is it dark? Größe", "chosen": "True" if i < 6 else "False",
+                     "rejected": "False" if i < 6 else "True"})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = ["--data", tmp_path / "pairs.jsonl", "--eval-data", tmp_path / "pairs.jsonl", "--runs", runs]
+    done = run("--stage", "dpo", *TOY, *data, "--name", "mine")
+    assert "majority" in done.stdout and "0.500" in done.stdout and "texture" not in done.stdout
+    assert len(weights(runs / "mine/dpo")) == 3
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    done = run("--stage", "dpo", *TOY, *data, "--name", "mine", check=False)
+    assert done.returncode == 1 and "inputs" in done.stderr
+
+
+def test_chat(toy, tmp_path):
+    from data import Scene
+    runs, _ = toy
+    Scene("test", 0).image().save(tmp_path / "scene.png")
+    options = ["--stage", "chat", *TOY, "--runs", runs, "--image", tmp_path / "scene.png"]
+    assert run(*options, "--question", "what color is top left").returncode == 0
+    done = run(*options, input="where is red\nis there any circle\n")
+    assert done.stdout.count("\n") >= 2
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--stage", "chat", "--question", "hi"], "no model there yet"),
+    (["--stage", "align", "--encoder", "nowhere", "--llm", "nowhere"], "nowhere"),
+    (["--stage", "encoder", "--data", "x.json"], "embedded world only"),
+    (["--stage", "dpo", "--encoder", "e", "--projector", "p", "--llm", "l", "--data", "missing.jsonl"], "missing.jsonl")])
+def test_errors_are_one_line(tmp_path, options, message):
+    done = run(*options, *TOY, "--runs", tmp_path / "runs", check=False, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_help_shows_every_option_with_its_default():
+    done = run("--help")
+    for field in pivot.fields(pivot.Settings):
+        assert "--" + field.name.replace("_", "-") in done.stdout
+    assert done.stdout.count("(default:") >= len(pivot.fields(pivot.Settings)) - 2
+
+
+def test_schedule():
+    rates = [pivot.schedule(k, 100, .05) for k in range(100)]
+    assert rates[:5] == pytest.approx([.2, .4, .6, .8, 1.]) and rates[5] == 1 and 0 < rates[-1] < 1e-3
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:])) and pivot.schedule(0, 1, .03) == 1
+
+
+def test_moved_table():
+    before = {"encoder.a": torch.tensor([3., 4.]), "llm.b": torch.ones(4), "llm.c": torch.zeros(2)}
+    after = {"encoder.a": torch.tensor([3., 4.5]), "llm.b": torch.ones(4), "llm.c": torch.zeros(2)}
+    text = probe.moved(before, after)
+    assert "1.00e-01" in text.splitlines()[2] and "0.00e+00" in text.splitlines()[3] and " 6 " in text
