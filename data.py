@@ -265,7 +265,7 @@ COLORS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "
           "yellow": (235, 220, 60), "purple": (140, 50, 170)}
 OPPOSITE = {"red": "green", "green": "red", "blue": "orange", "orange": "blue", "yellow": "purple",
             "purple": "yellow"}
-SIZES = {"small": 8.5, "large": 11.0}                   # half the side, in pixels
+SIZES = {"small": 9.0, "large": 11.5}                   # half the side, in pixels
 TEXTURES = ["plain", "striped", "dotted", "hollow"]
 LETTERS = {"A": "01110 10001 10001 11111 10001 10001 10001", "E": "11111 10000 10000 11110 10000 10000 11111",
            "O": "01110 10001 10001 10001 10001 10001 01110", "T": "11111 00100 00100 00100 00100 00100 00100",
@@ -303,26 +303,28 @@ class Thing:
 
 @functools.cache
 def stencil(shape, size, texture, tilt):
-    """An object's opacity on a (TILE, TILE) tile, "L"; drawn twice as fine and reduced."""
-    ink = Image.new("L", (2 * TILE, 2 * TILE))
-    draw, r, angle = ImageDraw.Draw(ink), 2 * SIZES[size], math.radians(tilt)
+    """An object's silhouette and the part of it that its texture darkens: two (TILE, TILE) opacities, "L"."""
+    ink, dark = (Image.new("L", (2 * TILE, 2 * TILE)) for _ in range(2))        # drawn twice as fine and reduced
+    r, angle = 2 * SIZES[size], math.radians(tilt)
 
     def paint(r, fill):
         if shape == "circle":
-            draw.ellipse([TILE - .95 * r, TILE - .95 * r, TILE + .95 * r, TILE + .95 * r], fill=fill)
+            ImageDraw.Draw(ink).ellipse([TILE - .95 * r, TILE - .95 * r, TILE + .95 * r, TILE + .95 * r], fill=fill)
         else:
             cos, sin = .9 * r * math.cos(angle), .9 * r * math.sin(angle)
-            draw.polygon([(TILE + x * cos - y * sin, TILE + x * sin + y * cos) for x, y in OUTLINES[shape]], fill=fill)
+            ImageDraw.Draw(ink).polygon([(TILE + x * cos - y * sin, TILE + x * sin + y * cos)
+                                         for x, y in OUTLINES[shape]], fill=fill)
 
     paint(r, 255)
     if texture == "hollow":
-        paint(.55 * r, 0)
-    for i in range(0, 2 * TILE, 9):
+        paint(.6 * r, 0)
+    pen = ImageDraw.Draw(dark)
+    for i in range(0, 2 * TILE, 10):
         if texture == "striped":
-            draw.rectangle([0, i, 2 * TILE, i + 3], fill=0)
-        for j in range(0, 2 * TILE, 9) if texture == "dotted" else ():
-            draw.ellipse([i, j, i + 5, j + 5], fill=0)
-    return ink.reduce(2)
+            pen.rectangle([0, i, 2 * TILE, i + 4], fill=255)
+        for j in range(0, 2 * TILE, 10) if texture == "dotted" else ():
+            pen.ellipse([i, j, i + 6, j + 6], fill=255)
+    return ink.reduce(2), ImageChops.multiply(ink, dark).reduce(2)
 
 
 @functools.cache
@@ -343,7 +345,7 @@ class Scene:
         self.things = []
         for place, color in zip(sorted(rng.sample(range(4), rng.choice([2, 3, 4]))), colors):
             size = rng.choice(list(SIZES))
-            slack = int(CELL / 2 - SIZES[size])
+            slack = round(CELL / 2 - SIZES[size])
             self.things.append(Thing(
                 place, rng.choice(list(SHAPES)), color, size, rng.choice(TEXTURES), rng.choice(["", *LETTERS]),
                 rng.choice(TILTS), place % 2 * CELL + CELL // 2 + rng.randint(-slack, slack),
@@ -354,7 +356,7 @@ class Scene:
         """(SIDE, SIDE) bool: the pixels that the things cover."""
         covered = Image.new("L", (SIDE, SIDE))
         for t in things:
-            covered.paste(255, (t.x - TILE // 2, t.y - TILE // 2), stencil(t.shape, t.size, "plain", t.tilt))
+            covered.paste(255, (t.x - TILE // 2, t.y - TILE // 2), stencil(t.shape, t.size, "plain", t.tilt)[0])
         return np.array(covered) > 127
 
     def image(self):
@@ -367,9 +369,12 @@ class Scene:
             a, b, c, d = noise.integers(0, SIDE, 2).tolist() + noise.integers(-6, 7, 2).tolist()
             draw.line([a, b, a + c, b + d], fill=tuple(noise.integers(60, 240, 3).tolist()))
         for t in self.things:
-            picture.paste(COLORS[t.color], (t.x - TILE // 2, t.y - TILE // 2),
-                          stencil(t.shape, t.size, t.texture, t.tilt))
-            if t.letter:
+            corner, color = (t.x - TILE // 2, t.y - TILE // 2), COLORS[t.color]
+            ink, dark = stencil(t.shape, t.size, t.texture, t.tilt)
+            picture.paste(color, corner, ink)
+            picture.paste(tuple(c // 3 for c in color), corner, dark)
+            if t.letter:                                # black on a white label
+                draw.rectangle([t.x - 3, t.y - 4, t.x + 3, t.y + 4], fill=(250, 250, 250))
                 rows = LETTERS[t.letter].split()
                 draw.point([(t.x + i - 2, t.y + j - 3) for j in range(7) for i in range(5) if rows[j][i] == "1"],
                            fill=(10, 10, 10))

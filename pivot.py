@@ -61,7 +61,7 @@ class Stage:
 
 EVERYTHING = ("encoder", "projector", "llm")
 WORLD = {
-    "encoder": Stage((), ("encoder",), "contrastive", "captions", 32000, 200, 128, .015, .015, "muon"),
+    "encoder": Stage((), ("encoder",), "contrastive", "captions", 32000, 120, 128, .015, .015, "muon"),
     "llm": Stage((), ("llm",), "sft", "text", 32000, 60, 32, .015, 0, "muon"),
     "align": Stage(("encoder", "llm"), ("projector",), "sft", "captions", 32000, 50, 32, .015, 0, "muon"),
     "lookup": Stage(("align",), EVERYTHING, "sft", "lookup", 32000, 250, 32, .015, .0015, "muon"),

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# All tests, with their own set-up: bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source train.sh setup
+python -m pip install --quiet -r tests/requirements.txt
+python -m pytest tests "$@"
