@@ -36,6 +36,7 @@ class Sample:
     kind: str = ""                      # question type, for tables
     category: str = ""                  # general | knowledge | ocr | vision
     region: np.ndarray | None = None    # (H, W) bool: what the question, or the differing detail, is about
+    separate: bool = False              # the turns are conversations of their own, and none sees another
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -89,48 +90,57 @@ class Tokenizer:
 
 @dataclass
 class Row:
-    """One sample as tokens. The rejected response comes last; its positions start again after the prompt."""
+    """One sample as tokens. Positions of every segment but the prompt start again where the prompt ends."""
     tokens: list
     segment: list
     target: list        # bool: does this token count in the loss?
-    prompt: int         # length of segment 0
+    position: list
+    source: list        # column that predicts the token: the one before, or the prompt's last
 
 
 def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end-of-turn target);
     a prompt that leaves no room for a response is an error. Without an answer (None) only the prompt is built."""
     before, between, after = (tokenizer.template(part) for part in TEMPLATES[template])
-    row = Row([], [], [], 0)
+    row = Row([], [], [], [], [])
 
     def add(ids, segment, target):
-        row.tokens += ids
-        row.segment += [segment] * len(ids)
-        row.target += [target] * len(ids)
+        prompt, n = row.segment.count(0), row.segment.count(segment)
+        room = max_length - (n if segment == 0 else prompt + n)     # of the prompt and this segment alone
+        for i in ids if segment == 0 else ids[:max(room, 0)]:
+            first = segment != row.segment[-1] if row.segment else False
+            row.source.append(prompt - 1 if first else len(row.tokens) - 1)
+            row.position.append(n if segment == 0 else prompt + n)
+            row.tokens.append(i)
+            row.segment.append(segment)
+            row.target.append(target)
+            n += 1
 
+    if sample.separate:
+        add([IMAGE] * image_tokens if sample.image is not None else before, 0, False)
     for number, (question, answer) in enumerate(sample.turns):
-        parts = question.split("<image>") if number == 0 and sample.image is not None else [question]
-        if number == 0 and sample.image is not None and len(parts) == 1:
+        last, pictured = number == len(sample.turns) - 1, sample.image is not None and not sample.separate
+        parts = question.split("<image>") if number == 0 and pictured else [question]
+        if number == 0 and pictured and len(parts) == 1:
             parts = ["", question]                      # no placeholder: the image goes first
-        elif number == 0 and len(parts) > 2:
+        elif number == 0 and pictured and len(parts) > 2:
             raise BadInput(f"sample {sample.id}: more than one <image> for one picture; leave the sample out")
         ids = list(before)
         for k, part in enumerate(parts):
             ids += ([IMAGE] * image_tokens if k else []) + (tokenizer.encode(part.strip()) if part.strip() else [])
-        last = number == len(sample.turns) - 1
         context = sample.rejected is not None and not last      # earlier turns of a preference are prompt
-        add(ids + between, 1 if 1 in row.segment else 0, False)
+        segment = number + 1 if sample.separate else 0 if context else 1
+        add(ids + between, segment if sample.separate or 1 in row.segment else 0, False)
+        if row.segment.count(0) >= max_length:
+            raise BadInput(f"sample {sample.id}: its prompt has {row.segment.count(0)} tokens "
+                           f"({row.tokens.count(IMAGE)} of the image), the limit is {max_length}; raise --max-length "
+                           f"or leave the sample out")
         if answer is not None:
-            add(tokenizer.encode(answer) + after[:1], 0 if context else 1, not context)
-            if not last:
-                add(after[1:], 0 if context else 1, False)
-    row.prompt = row.segment.count(0)
-    room = max_length - row.prompt
-    if room <= 0:
-        raise BadInput(f"sample {sample.id}: its prompt has {row.prompt} tokens ({row.tokens.count(IMAGE)} of the "
-                       f"image), the limit is {max_length}; raise --max-length or leave the sample out")
-    row.tokens, row.segment, row.target = (x[:max_length] for x in (row.tokens, row.segment, row.target))
+            add(tokenizer.encode(answer) + after[:1], segment, not context)
+            if not last and not sample.separate:
+                add(after[1:], segment, False)
     if sample.rejected is not None:
-        add((tokenizer.encode(sample.rejected) + after[:1])[:room], 2, True)
+        add(tokenizer.encode(sample.rejected) + after[:1], 2, True)
     return row
 
 
@@ -159,23 +169,20 @@ class Batch:
         return Batch(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in move.items()})
 
 
-def collate(rows, pictures, index, image_size, dummy=False):
-    """Rows, their pictures (a (3, H, W) tensor or None each) and data set indices -> Batch."""
-    length = max(len(r.tokens) for r in rows)
-    responses = 2 if any(2 in r.segment for r in rows) else 1
+def collate(rows, pictures, index, image_size, paired, dummy=False):
+    """Rows, their pictures (a (3, H, W) tensor or None each) and data set indices -> Batch. paired: with rejected."""
+    length, responses = max(len(r.tokens) for r in rows), 2 if paired else 1
     tokens, segment, position = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
     owner = torch.full((len(rows), length), -1)
     target, source, response = [], [], []
     for i, row in enumerate(rows):
-        n, first = len(row.tokens), row.segment.index(2) if 2 in row.segment else len(row.tokens)
-        tokens[i, :n], segment[i, :n], owner[i, :n] = torch.tensor(row.tokens), torch.tensor(row.segment), i
-        position[i, :n] = torch.tensor([*range(first), *range(row.prompt, row.prompt + n - first)])
-        for t in range(n):
-            if row.target[t]:
-                target.append(row.tokens[t])
-                # a response's first token is predicted by the prompt's last one, for the rejected response too
-                source.append(i * length + (row.prompt if t == first else t) - 1)
-                response.append(i * responses + (row.segment[t] == 2))
+        n = len(row.tokens)
+        tokens[i, :n], segment[i, :n], position[i, :n] = (torch.tensor(x) for x in (row.tokens, row.segment, row.position))
+        owner[i, :n] = i
+        counted = [t for t in range(n) if row.target[t]]
+        target += [row.tokens[t] for t in counted]
+        source += [i * length + row.source[t] for t in counted]
+        response += [i * responses + (paired and row.segment[t] == 2) for t in counted]
     pixels = [p for p in pictures if p is not None]
     return Batch(tokens, owner, segment, position, torch.tensor(target, dtype=torch.long),
                  torch.tensor(source, dtype=torch.long), torch.tensor(response, dtype=torch.long),
@@ -221,7 +228,8 @@ class Prepare:
         pictures = [self.picture(s) for s in samples]
         if blank:
             pictures = [None if p is None else torch.zeros_like(p) for p in pictures]
-        return collate(rows, pictures, list(index or range(len(rows))), self.image_size, dummy)
+        paired = any(s.rejected is not None for s in samples)
+        return collate(rows, pictures, list(index or range(len(rows))), self.image_size, paired, dummy)
 
 
 def shuffled(step, batch, length, seed):
@@ -513,7 +521,8 @@ class World:
             turns = [("describe the picture", scene.caption()), *turns,
                      (f"how many corners has a {shape}", SHAPES[shape]),
                      (f"which color complements {color}", OPPOSITE[color])]
-        return Sample(name, None if self.content == "text" else scene.image(), list(dict.fromkeys(turns)))
+        return Sample(name, None if self.content == "text" else scene.image(), list(dict.fromkeys(turns)),
+                      separate=self.content != "text")
 
     @staticmethod
     def question(scene, name, kind, asked):

@@ -48,8 +48,8 @@ class LLMConfig:
     hidden_size: int = 128
     intermediate_size: int = 384
     num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     attention_bias: bool = True         # on q, k, v: Qwen2 has it, Llama does not
@@ -303,8 +303,8 @@ class MLLM(nn.Module):
         hidden, head, logps = hidden.flatten(0, 1)[batch.source], self.llm.head(), []
         for h, target in zip(hidden.split(LOGIT_CHUNK), batch.target.split(LOGIT_CHUNK)):
             logps.append(checkpoint(token_logps, h, head, target, use_reentrant=False))
-        total = torch.zeros(len(batch) * batch.responses, device=hidden.device)
-        return total.index_add(0, batch.response, torch.cat(logps)).view(len(batch), batch.responses)
+        total, place = torch.zeros(len(batch), batch.responses, device=hidden.device), batch.response
+        return total.index_put((place // batch.responses, place % batch.responses), torch.cat(logps), accumulate=True)
 
     @torch.no_grad()
     def generate(self, batch, end, max_new=32, temperature=0., generator=None):

@@ -65,9 +65,9 @@ WORLD = {
     "llm": Stage((), ("llm",), "sft", "text", 32000, 60, 32, .015, 0, "muon"),
     "align": Stage(("encoder", "llm"), ("projector",), "sft", "captions", 32000, 50, 32, .015, 0, "muon"),
     "lookup": Stage(("align",), EVERYTHING, "sft", "lookup", 32000, 250, 32, .015, .0015, "muon"),
-    "instruct": Stage(("lookup",), EVERYTHING, "sft", "instruct", 64000, 1400, 32, .015, .0015, "muon"),
-    "sft": Stage(("instruct",), EVERYTHING, "sft", "preferences", 8192, 512, 32, 1e-4, 1e-4),
-    "dpo": Stage(("instruct",), EVERYTHING, "dpo", "preferences", 8192, 512, 32, 1e-4, 1e-4),
+    "instruct": Stage(("lookup",), EVERYTHING, "sft", "instruct", 64000, 1200, 32, .015, .0015, "muon"),
+    "sft": Stage(("instruct",), EVERYTHING, "sft", "preferences", 4096, 384, 32, 1e-4, 1e-4),
+    "dpo": Stage(("instruct",), EVERYTHING, "dpo", "preferences", 4096, 384, 32, 1e-4, 1e-4),
 }
 PRESETS = {"world": WORLD, "toy": {name: replace(row, samples=64, steps=4, batch=8) for name, row in WORLD.items()}}
 

@@ -43,10 +43,10 @@ def test_row_layout(tokenizer):
     before, between = tokenizer.template("<|im_start|>user\n"), tokenizer.template("<|im_end|>\n<|im_start|>assistant\n")
     prompt = before + tokenizer.encode("is") + [IMAGE] * 3 + tokenizer.encode("red") + between
     yes, no = tokenizer.encode("yes") + [tokenizer.end], tokenizer.encode("no") + [tokenizer.end]
-    assert row.tokens == prompt + yes + no and row.prompt == len(prompt)
+    assert row.tokens == prompt + yes + no
     assert row.segment == [0] * len(prompt) + [1] * len(yes) + [2] * len(no)
     assert row.target == [False] * len(prompt) + [True] * (len(yes) + len(no))
-    batch = data.collate([row], [torch.zeros(3, 8, 8)], [0], 8)
+    batch = data.collate([row], [torch.zeros(3, 8, 8)], [0], 8, paired=True)
     assert batch.position[0].tolist() == [*range(len(prompt) + len(yes)), *range(len(prompt), len(prompt) + len(no))]
     assert batch.source.tolist() == [len(prompt) - 1, len(prompt), len(prompt) - 1, len(prompt) + len(yes)]
     assert batch.target.tolist() == yes + no and batch.response.tolist() == [0, 0, 1, 1]
