@@ -6,10 +6,12 @@ says who sees whom). The prompt, with its several hundred image tokens, stands t
 """
 import functools
 import hashlib
+import io
 import json
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -76,13 +78,13 @@ class Tokenizer:
     @staticmethod
     def train(lines, folder, size):
         """Train on `lines`; deterministic. Byte fallback: whatever the lines never had is spelled in bytes."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_prefix=str(Path(folder) / "tokenizer"), vocab_size=size,
-            model_type="bpe", byte_fallback=True, control_symbols=SPECIAL, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-            bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
-        (Path(folder) / "tokenizer.vocab").unlink()
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
+            control_symbols=SPECIAL, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            character_coverage=1.0, num_threads=1, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "tokenizer.model").write_bytes(model.getvalue())
         return Tokenizer(folder)
 
 
@@ -102,45 +104,51 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end-of-turn target);
     a prompt that leaves no room for a response is an error. Without an answer (None) only the prompt is built."""
     before, between, after = (tokenizer.template(part) for part in TEMPLATES[template])
-    row = Row([], [], [], [], [])
+    image = [IMAGE] * image_tokens if sample.image is not None else []
 
-    def add(ids, segment, target):
-        prompt, n = row.segment.count(0), row.segment.count(segment)
-        room = max_length - (n if segment == 0 else prompt + n)     # of the prompt and this segment alone
-        for i in ids if segment == 0 else ids[:max(room, 0)]:
-            first = segment != row.segment[-1] if row.segment else False
-            row.source.append(prompt - 1 if first else len(row.tokens) - 1)
-            row.position.append(n if segment == 0 else prompt + n)
-            row.tokens.append(i)
-            row.segment.append(segment)
-            row.target.append(target)
-            n += 1
-
-    if sample.separate:
-        add([IMAGE] * image_tokens if sample.image is not None else before, 0, False)
-    for number, (question, answer) in enumerate(sample.turns):
-        last, pictured = number == len(sample.turns) - 1, sample.image is not None and not sample.separate
-        parts = question.split("<image>") if number == 0 and pictured else [question]
-        if number == 0 and pictured and len(parts) == 1:
-            parts = ["", question]                      # no placeholder: the image goes first
-        elif number == 0 and pictured and len(parts) > 2:
+    def ask(question, image):
+        parts = question.split("<image>") if image else [question]
+        if len(parts) > 2:
             raise BadInput(f"sample {sample.id}: more than one <image> for one picture; leave the sample out")
-        ids = list(before)
-        for k, part in enumerate(parts):
-            ids += ([IMAGE] * image_tokens if k else []) + (tokenizer.encode(part.strip()) if part.strip() else [])
-        context = sample.rejected is not None and not last      # earlier turns of a preference are prompt
-        segment = number + 1 if sample.separate else 0 if context else 1
-        add(ids + between, segment if sample.separate or 1 in row.segment else 0, False)
-        if row.segment.count(0) >= max_length:
-            raise BadInput(f"sample {sample.id}: its prompt has {row.segment.count(0)} tokens "
-                           f"({row.tokens.count(IMAGE)} of the image), the limit is {max_length}; raise --max-length "
-                           f"or leave the sample out")
-        if answer is not None:
-            add(tokenizer.encode(answer) + after[:1], segment, not context)
-            if not last and not sample.separate:
-                add(after[1:], segment, False)
+        if len(parts) < 2:
+            parts = ["", question]                                      # no placeholder: the image goes first
+        head, tail = (tokenizer.encode(p.strip()) if p.strip() else [] for p in parts)
+        return before + head + image + tail + between
+
+    def say(answer):
+        return tokenizer.encode(answer) + after[:1] if answer is not None else []
+
+    pieces = [(image, 0, False)] if sample.separate else []             # (ids, segment, target)
+    for number, (question, answer) in enumerate(sample.turns):
+        if sample.separate:
+            pieces += [(ask(question, []), number + 1, False), (say(answer), number + 1, True)]
+            continue
+        context = sample.rejected is not None and number < len(sample.turns) - 1    # earlier turns are its prompt
+        pieces += [(ask(question, image if number == 0 else []), 0 if context or not pieces else pieces[-1][1], False),
+                   (say(answer), 0 if context else 1, not context)]
+        if number < len(sample.turns) - 1:
+            pieces += [(after[1:], 0 if context else 1, False)]
     if sample.rejected is not None:
-        add(tokenizer.encode(sample.rejected) + after[:1], 2, True)
+        pieces += [(say(sample.rejected), 2, True)]
+
+    prompt, row = sum(len(ids) for ids, segment, _ in pieces if segment == 0), Row([], [], [], [], [])
+    if prompt >= max_length:
+        raise BadInput(f"sample {sample.id}: its prompt has {prompt} tokens ({len(image)} of the image), the limit is "
+                       f"{max_length}; raise --max-length or leave the sample out")
+    following = Counter()                                               # the next position of each segment
+    for ids, segment, target in pieces:
+        for i in ids:
+            n = following[segment] + (prompt if segment else 0)
+            following[segment] += 1
+            if n < max_length:
+                fresh = segment and n == prompt                         # a response's first token
+                row.source.append((prompt if fresh else len(row.tokens)) - 1)
+                row.tokens.append(i)
+                row.segment.append(segment)
+                row.target.append(target)
+                row.position.append(n)
+    if prompt == 0 and row.target[:1] == [True]:
+        raise BadInput(f"sample {sample.id}: nothing stands before its answer; give it a question or a picture")
     return row
 
 
@@ -555,17 +563,15 @@ class Records:
     def __init__(self, file, image_root=None):
         self.file = Path(file)
         self.root = Path(image_root or self.file.parent).resolve()
+        self.records, self.offsets, at = None, [], 0
         try:
             with open(self.file, "rb") as f:
-                self.records, self.offsets = None, [0]
                 if f.read(64).lstrip()[:1] == b"[":
                     self.records = json.loads(self.file.read_text("utf-8"))
-                else:
-                    f.seek(0)
-                    for line in f:
-                        self.offsets.append(self.offsets[-1] + len(line))
-                    f.seek(0)
-                    self.offsets = [o for o in self.offsets[:-1] if f.seek(o) == o and f.readline().strip()]
+                f.seek(0)
+                for line in f if self.records is None else ():
+                    self.offsets += [at] if line.strip() else []
+                    at += len(line)
         except (OSError, ValueError) as error:
             raise BadInput(f"{self.file}: cannot be read as JSON ({error})") from None
         if not len(self):
@@ -576,14 +582,17 @@ class Records:
         return len(self.offsets if self.records is None else self.records)
 
     def record(self, i):
-        if self.records is not None:
-            return self.records[i]
-        with open(self.file, "rb") as f:
-            f.seek(self.offsets[i])
-            try:
-                return json.loads(f.readline())
-            except ValueError as error:
-                raise BadInput(f"{self.file}: sample {i + 1}: not a JSON line ({error})") from None
+        record = self.records[i] if self.records else None
+        if record is None:
+            with open(self.file, "rb") as f:
+                f.seek(self.offsets[i])
+                try:
+                    record = json.loads(f.readline())
+                except ValueError as error:
+                    raise BadInput(f"{self.file}: sample {i + 1}: not a JSON line ({error})") from None
+        if not isinstance(record, dict):
+            raise BadInput(f"{self.file}: sample {i + 1}: not a JSON object")
+        return record
 
     def __getitem__(self, i):
         record = self.record(i)
@@ -594,7 +603,7 @@ class Records:
             return source[key]
 
         image = None
-        if isinstance(record, dict) and record.get("image"):
+        if record.get("image"):
             image = (self.root / text("image")).resolve()
             if not image.is_relative_to(self.root):
                 raise BadInput(f"{self.file}: sample {i + 1}: image {record['image']} is outside {self.root}")
@@ -603,7 +612,7 @@ class Records:
             key = "question" if "question" in record else "prompt"
             turns, rejected = [(text(key), text("chosen"))], text("rejected")
         else:
-            talk = record.get("conversations") if isinstance(record, dict) else None
+            talk = record.get("conversations")
             if not isinstance(talk, list) or not talk or len(talk) % 2:
                 raise BadInput(f"{self.file}: sample {i + 1}: \"conversations\" is not a list of question and answer")
             said = [text("value", turn) for turn in talk]

@@ -123,7 +123,7 @@ class Settings:
 SHARED = ("runs", "preset", "seed", "max_length", "template", "select_layer", "dtype", "workers", "eval_scenes")
 # settings that may change between a run and its continuation; those that name files count by the files' hashes
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "image_root", "micro_batch",
-        "workers", "save_every", "eval_every", "split", "eval_scenes", "image", "question", "model")
+        "workers", "save_every", "eval_every", "image", "question", "model")
 
 
 def resolve(s):
@@ -346,6 +346,32 @@ def finished(folder):
     return file.exists() and json.loads(file.read_text()).get("finished", False)
 
 
+def measure(s, folder, parts, pairs, prepare, rank, world, device):
+    """Tables of the model that the stage left, beside the one it started from. On the world: questions and pairs of
+    the held-out scenes; on a user's data: the held-out pairs."""
+    pairs, questions = pairs if getattr(pairs, "preferences", False) else None, None
+    if not s.data:
+        pairs = data.World("preferences", s.split, 4 * s.eval_scenes)
+        questions = data.World("questions", s.split, len(data.CATEGORY) * s.eval_scenes)
+    if pairs is None:
+        return []
+    sides = {"before": parts, "after": {part: str(folder / part) for part in EVERYTHING}}
+    if s.stage == "instruct":
+        del sides["before"]
+    setup = {k: getattr(s, k) for k in ("split", "eval_scenes", "template", "max_length", "select_layer", "dtype")}
+    results = {}
+    for side, at in sides.items():
+        known = Path(at["llm"]).parent / "results.json"         # a base model is measured once, not by each that uses it
+        known = json.loads(known.read_text()) if known.exists() and not s.data and side == "before" else {}
+        if known.get("setup") == setup and {Path(v).parent for v in at.values()} == {Path(at["llm"]).parent}:
+            results[side] = known["results"]
+        else:
+            results[side] = probe.evaluate(at, s.select_layer, pairs, questions, prepare, device, s.dtype, rank, world)
+    if rank == 0 and not s.data:
+        write_json(folder / "results.json", {"setup": setup, "results": results["after"]})
+    return probe.tables(results, s.beta)
+
+
 def run_stage(s, rank, world, device):
     """Inputs, data, model, loop; then the folders it leaves and its tables."""
     row, folder = PRESETS[s.preset][s.stage], Path(s.runs) / s.name / s.stage
@@ -364,8 +390,9 @@ def run_stage(s, rank, world, device):
         if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
             raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
     settings["inputs"] = {"data": dataset.fingerprint(),
-                          **{part: hash_file(Path(at) / "model.safetensors") for part, at in parts.items()},
-                          **{"tokenizer": hash_file(data.Tokenizer(parts["llm"]).file) for _ in parts if "llm" in parts}}
+                          **{part: hash_file(Path(at) / "model.safetensors") for part, at in parts.items()}}
+    if "llm" in parts:
+        settings["inputs"]["tokenizer"] = hash_file(data.Tokenizer(parts["llm"]).file)
     if same_or_refuse(folder, settings):
         say(rank, (folder / "report.md").read_text() + f"{folder}: same settings, same inputs, nothing to do")
         return
@@ -417,19 +444,10 @@ def run_stage(s, rank, world, device):
         save_model(folder, after, has["encoder"] and encoder, has["projector"], has["llm"] and model.llm.config,
                    tokenizer)
     barrier(world)
-    report = [f"# {s.name}/{s.stage}", probe.moved(before, after)] if rank == 0 else []
+    report = [f"# {s.name}/{s.stage}"] + ([probe.moved(before, after)] if rank == 0 else [])
+    del model, reference
     if "instruct" in (s.stage, *row.needs):
-        del model, reference
-        where = {"prepare": prepare, "device": device, "dtype": s.dtype, "rank": rank, "world": world}
-        pairs, questions = held_out and held_out.data, None
-        if isinstance(dataset, data.World):
-            pairs = data.World("preferences", s.split, 4 * s.eval_scenes)
-            questions = data.World("questions", s.split, len(data.CATEGORY) * s.eval_scenes)
-        sides = {"before": parts, "after": {part: str(folder / part) for part in EVERYTHING}}
-        if s.stage == "instruct":
-            del sides["before"]
-        results = {side: probe.evaluate(at, s.select_layer, pairs, questions, **where) for side, at in sides.items()}
-        report += probe.tables(results, s.beta)
+        report += measure(s, folder, parts, held_out and held_out.data, prepare, rank, world, device)
     if rank == 0:
         probe.curve(folder / "log.jsonl", folder / "curve.png")
         (folder / "report.md").write_text("\n\n".join(report) + "\n")
@@ -446,6 +464,9 @@ def chat(s, device):
                                if finished(f := Path(s.runs) / s.name / stage)), Path(s.runs) / s.name / "dpo"))
     if not finished(at) and not (at / "encoder").is_dir():
         raise BadInput(f"{at}: no model there yet; run --stage dpo first, or name one with --model")
+    if (at / "settings.json").exists():                 # talk to it as it was trained
+        made = json.loads((at / "settings.json").read_text())
+        s = replace(s, **{k: made[k] for k in ("template", "select_layer", "max_length")})
     model = load_model(at / "encoder", at / "projector", at / "llm", s.select_layer).to(device)
     tokenizer = data.Tokenizer(at / "llm")
     prepare = data.Prepare(tokenizer, s.template, model.encoder.config, s.max_length, 1)

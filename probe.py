@@ -62,7 +62,7 @@ def vqa(model, data, prepare, device, dtype, rank=0, world=1, blank=False):
 
 
 def evaluate(parts, select_layer, pairs, questions, prepare, device, dtype, rank=0, world=1):
-    """Measure the model in three folders; kept beside its encoder folder, so that a base is measured once.
+    """Measure the model in three folders on held-out pairs and questions (None: not on those).
 
     Returns {"pairs": {kind: [n, right, right with a grey picture, sum of margins, most common chosen text's n]},
              "questions": {kind: [n, right, right with a grey picture, most common answer's n, category]}}"""
@@ -122,8 +122,9 @@ def tables(results, beta):
             rows.append([category, kind, n, *(v / n for v in row[1:])])
             for key in (category, *(["visual"] if category != "knowledge" else []), "all"):
                 total[key] = [a + b for a, b in zip(total[key], row)]
-        rows = sorted(rows, key=lambda row: row[0]) + [[key, "", n, *(v / n for v in sums)]
-                                                       for key, (n, *sums) in total.items()]
+        rows.sort(key=lambda row: row[0])
+        rows += [[key, "", n, *(v / n for v in sums)] for key, (n, *sums) in sorted(
+            total.items(), key=lambda item: (item[0] in ("visual", "all"), item[0] == "all", item[0]))]
         out.append("Visual questions, held out: share answered right (greedy, exact match); constant = always the most "
                    "common\nanswer, grey = the model shown a grey picture.\n\n" +
                    markdown(["category", "question", "n", "constant", "grey", *sides], rows))

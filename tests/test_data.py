@@ -74,7 +74,7 @@ def test_a_long_response_loses_its_end_and_a_long_prompt_is_an_error(tokenizer):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
 def test_sampler_visits_everything_once_an_epoch(length, batch, seed):
-    steps = 3 * length
+    steps = 8 + 3 * length
     seen = [i for k in range(steps) for i in data.shuffled(k, batch, length, seed)]
     for epoch in range(len(seen) // length):
         assert sorted(seen[epoch * length:(epoch + 1) * length]) == list(range(length))
@@ -203,7 +203,7 @@ def test_readers_know_their_formats(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "no samples"), ("{", "not a JSON line"), ("[{]", "cannot be read"), ("[]", "no samples"), ("3\n", "missing"),
+    ("", "no samples"), ("{", "not a JSON line"), ("[{]", "cannot be read"), ("[]", "no samples"), ("3\n", "not a JSON object"),
     ('{"image": "../../etc/passwd", "question": "q", "chosen": "c", "rejected": "r"}', "outside"),
     ('{"question": "q", "chosen": 3, "rejected": "r"}', "chosen"), ('{"conversations": []}', "conversations"),
     ('{"conversations": [{"from": "human", "value": "q"}]}', "conversations"),
