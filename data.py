@@ -274,29 +274,46 @@ class Steps(torch.utils.data.Dataset):
         return batches
 
 
-# ---------------------------------------------------------------------------------------------------- the embedded world
+# ------------------------------------------------------------------------------ the embedded world
 
-SHAPES = {"circle": "zero", "triangle": "three", "square": "four", "ell": "six", "arrow": "seven", "cross": "twelve"}
-COLORS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "orange": (245, 140, 20),
-          "yellow": (235, 220, 60), "purple": (140, 50, 170)}
+SHAPES = {"circle": "zero", "triangle": "three", "square": "four", "ell": "six", "arrow": "seven",
+          "cross": "twelve"}                            # and their corners
+COLORS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220),
+          "orange": (245, 140, 20), "yellow": (235, 220, 60), "purple": (140, 50, 170)}
 OPPOSITE = {"red": "green", "green": "red", "blue": "orange", "orange": "blue", "yellow": "purple",
             "purple": "yellow"}
-SIZES = {"small": 9.0, "large": 11.5}                   # half the side, in pixels
+SIZES = {"small": 9.0, "large": 11.5}                   # half the side, pixels
 TEXTURES = ["plain", "striped", "dotted", "hollow"]
-LETTERS = {"A": "01110 10001 10001 11111 10001 10001 10001", "E": "11111 10000 10000 11110 10000 10000 11111",
-           "O": "01110 10001 10001 10001 10001 10001 01110", "T": "11111 00100 00100 00100 00100 00100 00100",
-           "X": "10001 10001 01010 00100 01010 10001 10001"}
+LETTERS = {"none": "", "a": "01110 10001 10001 11111 10001 10001 10001",
+           "e": "11111 10000 10000 11110 10000 10000 11111",
+           "o": "01110 10001 10001 10001 10001 10001 01110",
+           "t": "11111 00100 00100 00100 00100 00100 00100",
+           "x": "10001 10001 01010 00100 01010 10001 10001"}
+DETAILS = {"color": COLORS, "shape": SHAPES, "size": SIZES, "texture": TEXTURES, "letter": LETTERS}
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three", "four"]
-TILTS, GROUNDS = (-20, 0, 20), 4                        # drawn, never mentioned in any text: for probes
-SIDE, CELL, TILE = 48, 24, 28                           # pixels: picture, grid cell, tile that an object is drawn on
-OUTLINES = {"triangle": [(0, -1), (1, .8), (-1, .8)], "square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
+TILTS, GROUNDS = (-20, 0, 20), 4                        # drawn, never mentioned: for probes
+SIDE, CELL, TILE = 48, 24, 28                           # pixels: picture, grid cell, an object's tile
+OUTLINES = {"triangle": [(0, -1), (1, .8), (-1, .8)],
+            "square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
             "ell": [(-.8, -1), (-.1, -1), (-.1, .3), (.8, .3), (.8, 1), (-.8, 1)],
             "arrow": [(0, -1), (.9, 0), (.35, 0), (.35, 1), (-.35, 1), (-.35, 0), (-.9, 0)],
-            "cross": [(x * a, y * b) for x, y, a, b in [(-1, -1, .35, 1), (1, -1, .35, 1), (1, -1, .35, .35),
-                      (1, -1, 1, .35), (1, 1, 1, .35), (1, 1, .35, .35), (1, 1, .35, 1), (-1, 1, .35, 1),
-                      (-1, 1, .35, .35), (-1, 1, 1, .35), (-1, -1, 1, .35), (-1, -1, .35, .35)]]}
-SPLITS = ["validation", "test", "probe", "encoder", "llm", "align", "lookup", "instruct", "preferences"]
+            "cross": [(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
+                      (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]}
+SPLITS = ["validation", "test", "probe", "encoder", "llm", "align", "lookup", "instruct",
+          "preferences"]                                # no two share a scene
+
+CATEGORY = {"exist": "general", "color": "general", "shape": "general",
+            "complement": "knowledge", "corners": "knowledge", "letter": "ocr", "spot": "ocr",
+            "size": "vision", "texture": "vision", "where": "vision", "beside": "vision",
+            "count": "vision"}
+# questions about one detail of one object: wording, the detail, how its values are said
+ATTRIBUTES = {"color": ("what color is {}", "color", {}), "shape": ("what shape is {}", "shape", {}),
+              "texture": ("what texture is {}", "texture", {}), "size": ("what size is {}", "size", {}),
+              "letter": ("what letter is on {}", "letter", {}),
+              "corners": ("how many corners has {}", "shape", SHAPES),
+              "complement": ("which color complements {}", "color", OPPOSITE)}
+LOOKUP = ["where"] * 6 + ["spot", "exist", "exist", "color", "letter", "size"]
 
 
 @dataclass
@@ -307,33 +324,28 @@ class Thing:
     color: str
     size: str
     texture: str
-    letter: str     # "" = none
+    letter: str
     tilt: int
     x: int          # centre, pixels
     y: int
 
     def text(self):
-        letter = f"letter {self.letter.lower()}" if self.letter else "no letter"
+        letter = "no letter" if self.letter == "none" else f"letter {self.letter}"
         return f"a {self.size} {self.color} {self.texture} {self.shape} with {letter}"
 
 
 @functools.cache
 def stencil(shape, size, texture, tilt):
-    """An object's silhouette and the part of it that its texture darkens: two (TILE, TILE) opacities, "L"."""
-    ink, dark = (Image.new("L", (2 * TILE, 2 * TILE)) for _ in range(2))        # drawn twice as fine and reduced
-    r, angle = 2 * SIZES[size], math.radians(tilt)
-
-    def paint(r, fill):
+    """An object's silhouette, and what of it the texture darkens: two (TILE, TILE) opacities."""
+    ink, dark = (Image.new("L", (2 * TILE, 2 * TILE)) for _ in range(2))    # drawn twice as fine
+    pen, r, angle = ImageDraw.Draw(ink), 2 * SIZES[size], math.radians(tilt)
+    for r, fill in [(r, 255)] + [(.6 * r, 0)] * (texture == "hollow"):
         if shape == "circle":
-            ImageDraw.Draw(ink).ellipse([TILE - .95 * r, TILE - .95 * r, TILE + .95 * r, TILE + .95 * r], fill=fill)
+            pen.ellipse([TILE - .95 * r] * 2 + [TILE + .95 * r] * 2, fill=fill)
         else:
             cos, sin = .9 * r * math.cos(angle), .9 * r * math.sin(angle)
-            ImageDraw.Draw(ink).polygon([(TILE + x * cos - y * sin, TILE + x * sin + y * cos)
-                                         for x, y in OUTLINES[shape]], fill=fill)
-
-    paint(r, 255)
-    if texture == "hollow":
-        paint(.6 * r, 0)
+            pen.polygon([(TILE + x * cos - y * sin, TILE + x * sin + y * cos)
+                         for x, y in OUTLINES[shape]], fill=fill)
     pen = ImageDraw.Draw(dark)
     for i in range(0, 2 * TILE, 10):
         if texture == "striped":
@@ -345,35 +357,25 @@ def stencil(shape, size, texture, tilt):
 
 @functools.cache
 def ground(kind):
-    """(SIDE, SIDE, 1) float32: plain, slope, waves or checks, around zero."""
+    """(SIDE, SIDE, 1) float32 around zero: plain, slope, waves or checks."""
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
     kinds = 0 * x, x + y - 1, np.sin(20 * (x - y)), np.sign(np.sin(25 * x) * np.sin(25 * y))
     return 28 * kinds[kind][..., None].astype(np.float32)
 
 
 class Scene:
-    """Two to four objects in a 2 x 2 grid, colours distinct; everything follows from (split, number)."""
+    """Two to four objects in a 2 x 2 grid, colours distinct; all follows from (split, number)."""
 
     def __init__(self, split, number):
         rng = self.rng = random.Random(f"{SPLITS.index(split)} {number}")
-        self.split, self.number = split, number
-        colors = rng.sample(list(COLORS), 4)
-        self.things = []
+        colors, self.things = rng.sample(list(COLORS), 4), []
         for place, color in zip(sorted(rng.sample(range(4), rng.choice([2, 3, 4]))), colors):
             size = rng.choice(list(SIZES))
             slack = round(CELL / 2 - SIZES[size])
-            self.things.append(Thing(
-                place, rng.choice(list(SHAPES)), color, size, rng.choice(TEXTURES), rng.choice(["", *LETTERS]),
-                rng.choice(TILTS), place % 2 * CELL + CELL // 2 + rng.randint(-slack, slack),
-                place // 2 * CELL + CELL // 2 + rng.randint(-slack, slack)))
+            x, y = (CELL * k + CELL // 2 + rng.randint(-slack, slack) for k in (place % 2, place // 2))
+            self.things.append(Thing(place, rng.choice(list(SHAPES)), color, size, rng.choice(TEXTURES),
+                                     rng.choice(list(LETTERS)), rng.choice(TILTS), x, y))
         self.ground, self.pixel_seed = rng.randrange(GROUNDS), rng.getrandbits(32)
-
-    def mask(self, things):
-        """(SIDE, SIDE) bool: the pixels that the things cover."""
-        covered = Image.new("L", (SIDE, SIDE))
-        for t in things:
-            covered.paste(255, (t.x - TILE // 2, t.y - TILE // 2), stencil(t.shape, t.size, "plain", t.tilt)[0])
-        return np.array(covered) > 127
 
     def image(self):
         noise = np.random.default_rng(self.pixel_seed)
@@ -381,115 +383,103 @@ class Scene:
         tone += noise.uniform(110, 200) + noise.uniform(-15, 15, 3)
         picture = Image.fromarray(tone.clip(0, 255).astype(np.uint8))
         draw = ImageDraw.Draw(picture)
-        for _ in range(6):                              # clutter: short strokes of any colour under the objects
-            a, b, c, d = noise.integers(0, SIDE, 2).tolist() + noise.integers(-6, 7, 2).tolist()
+        for _ in range(6):                              # clutter: short strokes under the objects
+            a, b = noise.integers(0, SIDE, 2).tolist()
+            c, d = noise.integers(-6, 7, 2).tolist()
             draw.line([a, b, a + c, b + d], fill=tuple(noise.integers(60, 240, 3).tolist()))
         for t in self.things:
             corner, color = (t.x - TILE // 2, t.y - TILE // 2), COLORS[t.color]
             ink, dark = stencil(t.shape, t.size, t.texture, t.tilt)
             picture.paste(color, corner, ink)
             picture.paste(tuple(c // 3 for c in color), corner, dark)
-            if t.letter:                                # black on a white label
+            if t.letter != "none":                      # black on a white label
                 draw.rectangle([t.x - 3, t.y - 4, t.x + 3, t.y + 4], fill=(250, 250, 250))
-                rows = LETTERS[t.letter].split()
-                draw.point([(t.x + i - 2, t.y + j - 3) for j in range(7) for i in range(5) if rows[j][i] == "1"],
+                draw.point([(t.x + i - 2, t.y + j - 3) for j, bits in
+                            enumerate(LETTERS[t.letter].split()) for i in range(5) if bits[i] == "1"],
                            fill=(10, 10, 10))
         return picture
 
-    # ---- the text
+    def mask(self, things):
+        """(SIDE, SIDE) bool: the pixels that the things cover."""
+        covered = Image.new("L", (SIDE, SIDE))
+        for t in things:
+            covered.paste(255, (t.x - TILE // 2, t.y - TILE // 2),
+                          stencil(t.shape, t.size, "plain", t.tilt)[0])
+        return np.array(covered) > 127
 
-    def caption(self, things=None):
-        return " ".join(f"{PLACES[t.place]} is {t.text()}." for t in things or self.things)
+    def caption(self, swap=(None, None)):
+        """Every object in reading order; swap = (thing, what to say instead of it)."""
+        things = [swap[1] if t is swap[0] else t for t in self.things]
+        return " ".join(f"{PLACES[t.place]} is {t.text()}." for t in things)
+
+    def misread(self, thing, detail, rng):
+        """The thing with a detail wrong. A wrong colour is one that the scene does not have."""
+        taken = {t.color for t in self.things} if detail == "color" else {getattr(thing, detail)}
+        return replace(thing, **{detail: rng.choice([v for v in DETAILS[detail] if v not in taken])})
 
     def ask(self, kind, rng):
-        """A question of a kind: (question, answer, wrong answer, things it is about), or None if the scene has none.
+        """A question of a kind: (question, answer, wrong answer, things it is about), or None if
+        the scene does not allow it; the wrong answer is None where count finds none.
 
-        The wrong answer is drawn so that the two could be exchanged: given the question, (answer, wrong) and
-        (wrong, answer) are equally likely over scenes, so a model that does not look cannot prefer either."""
+        The wrong answer is drawn so that the two could be exchanged: given the question,
+        (answer, wrong) and (wrong, answer) are equally likely over scenes, so that a model that
+        does not look cannot prefer either."""
         thing = rng.choice(self.things)
-        absent = [c for c in COLORS if c not in {t.color for t in self.things}]
-        key = PLACES[thing.place] if kind in ("color", "complement") or rng.random() < .6 else thing.color
-
-        def other(values, value):
-            return rng.choice([v for v in values if v != value])
-
-        if kind == "exist":
-            yes, form = rng.random() < .5, rng.choice(["{0}", "{1}", "{0} {1}"])
-            color, shape = thing.color, thing.shape
-            if not yes and form == "{1}":
-                shape = rng.choice([s for s in SHAPES if s not in {t.shape for t in self.things}])
-            elif not yes and form == "{0} {1}" and rng.random() < .5:
-                shape = other(SHAPES, shape)        # the colour is there, in another shape
-            elif not yes:
-                color = rng.choice(absent)
-            question = "is there any " + form.format(color, shape)
-            return question, "yes" if yes else "no", "no" if yes else "yes", [thing] if yes else []
-        if kind == "color":
-            if rng.random() < .4 and sum(t.shape == thing.shape for t in self.things) == 1:
+        if kind in ATTRIBUTES:
+            wording, detail, say = ATTRIBUTES[kind]
+            key = PLACES[thing.place] if detail == "color" or rng.random() < .6 else thing.color
+            if kind == "color" and rng.random() < .4 and self.one("shape", thing.shape):
                 key = "the " + thing.shape
-            return f"what color is {key}", thing.color, rng.choice(absent), [thing]
-        if kind == "complement":
-            return f"which color complements {key}", OPPOSITE[thing.color], OPPOSITE[rng.choice(absent)], [thing]
-        if kind == "shape":
-            return f"what shape is {key}", thing.shape, other(SHAPES, thing.shape), [thing]
-        if kind == "corners":
-            return f"how many corners has {key}", SHAPES[thing.shape], SHAPES[other(SHAPES, thing.shape)], [thing]
-        if kind == "texture":
-            return f"what texture is {key}", thing.texture, other(TEXTURES, thing.texture), [thing]
-        if kind == "size":
-            return f"what size is {key}", thing.size, other(SIZES, thing.size), [thing]
-        if kind == "letter":
-            names = {"": "none", **{c: c.lower() for c in LETTERS}}
-            return f"what letter is on {key}", names[thing.letter], names[other(names, thing.letter)], [thing]
+            right, wrong = (getattr(t, detail) for t in (thing, self.misread(thing, detail, rng)))
+            return wording.format(key), say.get(right, right), say.get(wrong, wrong), [thing]
+        if kind == "exist":
+            yes, form = rng.random() < .5, rng.choice(["{0.color}", "{0.shape}", "{0.color} {0.shape}"])
+            asked = thing
+            if not yes and form == "{0.shape}":
+                asked = replace(thing, shape=rng.choice(
+                    [s for s in SHAPES if s not in {t.shape for t in self.things}]))
+            elif not yes:       # another colour; or the colour is there, but in another shape
+                both = form == "{0.color} {0.shape}" and rng.random() < .5
+                asked = self.misread(thing, "shape" if both else "color", rng)
+            answers = ("yes", "no") if yes else ("no", "yes")
+            return "is there any " + form.format(asked), *answers, [thing] if yes else []
         if kind in ("where", "spot"):
-            if kind == "spot" and (not thing.letter or sum(t.letter == thing.letter for t in self.things) > 1):
+            what = thing.color if kind == "where" else f"letter {thing.letter}"
+            if kind == "spot" and (thing.letter == "none" or not self.one("letter", thing.letter)):
                 return None
-            what = thing.color if kind == "where" else f"letter {thing.letter.lower()}"
-            return f"where is {what}", PLACES[thing.place], other(PLACES, PLACES[thing.place]), [thing]
+            wrong = rng.choice([p for p in PLACES if p != PLACES[thing.place]])
+            return f"where is {what}", PLACES[thing.place], wrong, [thing]
         if kind == "beside":
-            step, word = rng.choice([(1, "beside"), (2, "above"), (2, "below")])
-            there = [t for t in self.things if t.place == thing.place ^ step]
-            if not there or word == "above" and thing.place < 2 or word == "below" and thing.place > 1:
-                return None
-            return f"what color is {word} {thing.color}", there[0].color, rng.choice(absent), [thing, there[0]]
-        if kind == "count":
-            name, value = rng.choice([("size", s) for s in SIZES] + [("texture", t) for t in TEXTURES])
-            counted = [t for t in self.things if getattr(t, name) == value]
-            # another scene's answer to the same question; None where it is the same one
-            wrong = sum(getattr(t, name) == value for t in Scene("probe", rng.getrandbits(40)).things)
-            wrong = NUMBERS[wrong] if wrong != len(counted) else None
-            return f"how many are {value}", NUMBERS[len(counted)], wrong, counted
+            word, step = rng.choice([("beside", 1 - 2 * (thing.place % 2)), ("above", -2), ("below", 2)])
+            for other in self.things:
+                if other.place == thing.place + step:
+                    wrong = self.misread(thing, "color", rng).color
+                    return f"what color is {word} {thing.color}", other.color, wrong, [thing, other]
+            return None
+        if kind == "count":     # wrong: another scene's answer to the same question, if that differs
+            name = rng.choice(["size", "texture"])
+            value = rng.choice(list(DETAILS[name]))
+            here, there = ([t for t in scene.things if getattr(t, name) == value]
+                           for scene in (self, Scene("probe", rng.getrandbits(40))))
+            wrong = NUMBERS[len(there)] if len(there) != len(here) else None
+            return f"how many are {value}", NUMBERS[len(here)], wrong, here
+        wrong = self.misread(thing, rng.choice(list(DETAILS)), rng)
         if kind == "object":
-            wrong, _ = self.misread(thing, rng)
             return f"describe {PLACES[thing.place]}", thing.text(), wrong.text(), [thing]
-        if kind == "scene":
-            wrong, detail = self.misread(thing, rng)
-            text = self.caption([wrong if t is thing else t for t in self.things])
-            return "describe the picture", self.caption(), text, [thing]
-        raise KeyError(kind)
+        return "describe the picture", self.caption(), self.caption((thing, wrong)), [thing]
 
-    def misread(self, thing, rng):
-        """The thing with one detail wrong, and which. A wrong colour is one that the scene does not have."""
-        detail = rng.choice(["color", "shape", "size", "texture", "letter"])
-        taken = {t.color for t in self.things} if detail == "color" else {getattr(thing, detail)}
-        values = {"color": COLORS, "shape": SHAPES, "size": SIZES, "texture": TEXTURES, "letter": ["", *LETTERS]}
-        return replace(thing, **{detail: rng.choice([v for v in values[detail] if v not in taken])}), detail
-
-
-CATEGORY = {"exist": "general", "color": "general", "shape": "general", "complement": "knowledge",
-            "corners": "knowledge", "letter": "ocr", "spot": "ocr", "size": "vision", "texture": "vision",
-            "where": "vision", "beside": "vision", "count": "vision"}
-LOOKUP = ["where"] * 6 + ["spot", "exist", "exist", "color", "letter", "size"]      # the curriculum's questions
+    def one(self, name, value):
+        return sum(getattr(t, name) == value for t in self.things) == 1
 
 
 class World:
     """A data set drawn on demand: world[i] is the same Sample on every machine.
 
     content   captions     a picture and its description
-              lookup       12 questions about a picture, half of them "where is ..."
+              lookup       up to 12 questions about a picture, half of them "where is ..."
               instruct     every kind of question once, and a description
               text         a description in words, then questions about it: no picture
-              preferences  one question, right and wrong answer: a third one word, one object, the whole scene
+              preferences  one question, right and wrong answer: one word, one object or the scene
               questions    one question of each kind for each picture, for evaluation"""
 
     def __init__(self, content, split, length):
@@ -500,57 +490,47 @@ class World:
 
     def __getitem__(self, i):
         kinds, name = list(CATEGORY), f"{self.split}-{i}"
-        if self.content == "questions":
-            number, kind = divmod(i, len(kinds))
-            scene, asked, attempt = None, None, 0
-            while not asked:                        # not every scene has a letter of its own, or neighbours
-                scene, attempt = Scene(self.split, f"{number}/{attempt}" if attempt else number), attempt + 1
-                asked = scene.ask(kinds[kind], random.Random(f"{name} {attempt}"))
-            return self.question(scene, name, kinds[kind], asked)
-        scene = Scene(self.split, i)
-        rng = scene.rng
+        scene = Scene(self.split, i // len(kinds) if self.content == "questions" else i)
+        rng, asked, attempt = scene.rng, None, 0
         if self.content == "captions":
             return Sample(name, scene.image(), [("describe the picture", scene.caption())])
-        if self.content == "preferences":
-            while True:
-                kind = rng.choice([rng.choice(kinds), "object", "scene"])
+        if self.content in ("questions", "preferences"):
+            while not asked or asked[2] is None:        # no neighbours, no letter of its own: again
+                if self.content == "preferences":
+                    kind = rng.choice([rng.choice(kinds), "object", "scene"])
+                else:
+                    kind, attempt = kinds[i % len(kinds)], attempt + 1
+                    scene = scene if attempt < 9 else Scene(self.split, f"{i} {attempt}")
                 asked = scene.ask(kind, rng)
-                if asked and asked[2]:
-                    return replace(self.question(scene, name, kind, asked), rejected=asked[2])
+            question, answer, wrong, things = asked
+            return Sample(name, scene.image(), [(question, answer)], wrong, kind,
+                          CATEGORY.get(kind, kind), scene.mask(things))
         if self.content == "lookup":
             kinds = rng.choices(LOOKUP, k=12)
-        elif rng.random() < .75:
-            kinds = rng.sample(kinds, len(kinds)) + ["object"]
         else:
-            kinds = rng.sample(kinds, 6) + ["scene"]
-        turns = [asked[:2] for asked in (scene.ask(kind, rng) for kind in kinds) if asked]
-        if self.content == "text":                  # the words alone, and what they cannot say of the world at large
-            shape, color = rng.choice(list(SHAPES)), rng.choice(list(COLORS))
-            turns = [("describe the picture", scene.caption()), *turns,
-                     (f"how many corners has a {shape}", SHAPES[shape]),
-                     (f"which color complements {color}", OPPOSITE[color])]
-        return Sample(name, None if self.content == "text" else scene.image(), list(dict.fromkeys(turns)),
-                      separate=self.content != "text")
-
-    @staticmethod
-    def question(scene, name, kind, asked):
-        question, answer, _, things = asked
-        return Sample(name, scene.image(), [(question, answer)], None, kind, CATEGORY.get(kind, kind),
-                      scene.mask(things) if things else None)
+            rng.shuffle(kinds)
+            kinds = kinds + ["object"] if rng.random() < .75 else kinds[:6] + ["scene"]
+        turns = dict.fromkeys(a[:2] for a in (scene.ask(kind, rng) for kind in kinds) if a)
+        if self.content != "text":
+            return Sample(name, scene.image(), list(turns), separate=True)
+        shape, color = rng.choice(list(SHAPES)), rng.choice(list(COLORS))
+        return Sample(name, None, [("describe the picture", scene.caption()), *turns,
+                                   (f"how many corners has a {shape}", SHAPES[shape]),
+                                   (f"which color complements {color}", OPPOSITE[color])])
 
     def fingerprint(self):
         """Changes when the world changes: a hash of what its first samples say and show."""
         digest = hashlib.sha256(f"{self.content} {self.split} {self.length}".encode())
-        for i in range(24):
-            sample = self[i]
+        for sample in map(self.__getitem__, range(24)):
             digest.update(repr((sample.turns, sample.rejected)).encode())
             digest.update(sample.image.tobytes() if sample.image else b"")
         return digest.hexdigest()
 
 
 def train_tokenizer(folder, size=600):
-    """The world's tokenizer: trained on its own captions and questions, and on how it is spoken to."""
-    lines = [text for i in range(1500) for turn in World("text", "llm", 1500)[i].turns for text in turn]
+    """The world's tokenizer, trained on its own captions and questions."""
+    world = World("text", "llm", 1500)
+    lines = [text for i in range(len(world)) for turn in world[i].turns for text in turn]
     return Tokenizer.train([*lines, *map(chr, range(32, 127))], folder, size)
 
 

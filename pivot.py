@@ -65,7 +65,7 @@ WORLD = {
     "llm": Stage((), ("llm",), "sft", "text", 32000, 60, 32, .015, 0, "muon"),
     "align": Stage(("encoder", "llm"), ("projector",), "sft", "captions", 32000, 50, 32, .015, 0, "muon"),
     "lookup": Stage(("align",), EVERYTHING, "sft", "lookup", 32000, 250, 32, .015, .0015, "muon"),
-    "instruct": Stage(("lookup",), EVERYTHING, "sft", "instruct", 64000, 1200, 32, .015, .0015, "muon"),
+    "instruct": Stage(("lookup",), EVERYTHING, "sft", "instruct", 64000, 1000, 32, .015, .0015, "muon"),
     "sft": Stage(("instruct",), EVERYTHING, "sft", "preferences", 4096, 384, 32, 1e-4, 1e-4),
     "dpo": Stage(("instruct",), EVERYTHING, "dpo", "preferences", 4096, 384, 32, 1e-4, 1e-4),
 }
