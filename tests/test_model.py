@@ -1,5 +1,6 @@
 """The model against transformers' modules with the same weights, and against slower ways to the same number."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,10 +30,10 @@ def theirs(net, tokenizer, tmp_path):
 
 @torch.no_grad()
 def separate(net, theirs, row, pixels):
-    """Log-probability of each response by a plain causal forward of prompt + response alone, in transformers."""
+    """Log-probability of each segment by a plain causal forward of prompt + segment alone, in transformers."""
     encoder, llm = theirs
     out = []
-    for response in (1, 2) if 2 in row.segment else (1,):
+    for response in sorted(set(row.segment) - {0}):
         keep = [i for i, s in enumerate(row.segment) if s in (0, response)]
         tokens = torch.tensor([row.tokens[i] for i in keep])
         x = llm.model.embed_tokens(tokens.clamp(min=0))
@@ -52,14 +53,17 @@ def test_shared_prefix_equals_two_separate_causal_forwards(net, theirs, prepare,
 
 
 @torch.no_grad()
-def test_conversation_of_several_turns(net, theirs, prepare):
-    samples = [data.World("instruct", "probe", 4)[i] for i in range(4)]
+@pytest.mark.parametrize("apart", [False, True])
+def test_several_turns(net, theirs, prepare, apart):
+    """A conversation, whose turns see the earlier ones; and separate questions about one picture, which do not."""
+    samples = [replace(data.World("instruct", "probe", 4)[i], separate=apart) for i in range(4)]
     samples[1].image = None
     rows = [prepare.row(s) for s in samples]
-    assert all(sum(a and not b for a, b in zip(r.target, [False, *r.target])) == len(s.turns)
-               for r, s in zip(rows, samples))                     # as many runs of targets as answers
-    close(net(prepare(samples)), torch.stack([separate(net, theirs, r, prepare.picture(s))
-                                              for r, s in zip(rows, samples)]))
+    for row, sample in zip(rows, samples):
+        answers = sum(on and not before for on, before in zip(row.target, [False, *row.target]))
+        assert answers == len(sample.turns) and max(row.segment) == (len(sample.turns) if apart else 1)
+    expected = [separate(net, theirs, r, prepare.picture(s)).sum(0, keepdim=True) for r, s in zip(rows, samples)]
+    close(net(prepare(samples)), torch.stack(expected))
 
 
 @torch.no_grad()
