@@ -1,6 +1,7 @@
-"""The other objective: direct preference optimisation (DPO, Rafailov et al. 2023) with a frozen reference.
+"""The other objective: direct preference optimisation (DPO, Rafailov et al. 2023). Prefer the
+chosen over the rejected response, against a frozen reference.
 
-Compare sft.py: same samples, same model, same shape of code. The difference between the two files is the paper.
+Compare sft.py: same samples, same model, same shape of code. The difference is the paper.
 """
 import copy
 import hashlib
@@ -18,13 +19,15 @@ from data import CHOSEN, REJECTED
 
 
 def dpo_loss(logps, ref, beta, variant="dpo"):
-    """L_DPO = -log sigmoid(beta * [(log pi(y_c) - log ref(y_c)) - (log pi(y_r) - log ref(y_r))]), each log given I, q:
-    the paper's equation for preference-based post-training. ref is the model that post-training starts from.
+    """L_DPO = -log sigmoid(beta * [(log pi(y_c|I,q) - log ref(y_c|I,q))
+                                 - (log pi(y_r|I,q) - log ref(y_r|I,q))]):
+    the paper's loss for preference-based post-training. ref is the model it starts from.
 
-    logps, ref: (samples, 2) summed log-probabilities of chosen and rejected under policy and frozen reference.
-    beta: strength of the pull towards the reference. variant "ipo": (margin - 1 / (2 beta))^2 (Azar et al. 2023).
+    logps, ref: (samples, 2) summed log-probabilities of chosen and rejected, policy and reference.
+    beta: strength of the pull towards the reference.
+    variant "ipo": (margin - 1 / (2 beta))^2 (Azar et al. 2023).
     Returns (samples,) losses; log 2 where policy = reference."""
-    reward = logps - ref                                            # implicit reward, without its factor beta
+    reward = logps - ref                        # implicit reward, without its factor beta
     margin = reward[:, CHOSEN] - reward[:, REJECTED]
     if variant == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
@@ -32,46 +35,46 @@ def dpo_loss(logps, ref, beta, variant="dpo"):
 
 
 def dpo_objective(model, batch, beta=0.1, variant="dpo"):
-    """Loss summed over the batch, what to divide it by (pairs), metrics summed over pairs."""
+    """The loss summed over a batch, what to divide it by (pairs), metrics to add up."""
     logps = model(batch)
     loss = dpo_loss(logps, batch.ref, beta, variant).sum()
-    reward = beta * (logps.detach() - batch.ref)
-    chosen, rejected = reward[:, CHOSEN], reward[:, REJECTED]
-    return loss, len(batch), {"margin": (chosen - rejected).sum(), "accuracy": (chosen > rejected).float().sum(),
+    chosen, rejected = (beta * (logps.detach() - batch.ref)).unbind(1)      # rewards
+    return loss, len(batch), {"margin": (chosen - rejected).sum(),
+                              "accuracy": (chosen > rejected).float().sum(),
                               "chosen": chosen.sum(), "rejected": rejected.sum()}
 
 
-# ----------------------------------------------------------------------------------------------------- the reference
+# --------------------------------------------------------------------------------- the reference
 
 def frozen(model):
-    """The reference: a copy of the policy before its first step. It never moves."""
+    """The reference: a copy of the policy from before its first step. It never moves."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def reference_logps(reference, precision, batch):
-    """The live reference: log ref(y | I, q) of a batch, (samples, 2). precision: autocast as in training, because a
-    ratio of probabilities wants both computed alike."""
+    """Live: log ref(y|I,q) of a batch, (samples, 2). precision: the policy's autocast, because
+    the two logs of a ratio want to be computed alike."""
     with precision:
         return reference(batch)
 
 
-def cached(reference, steps, file, identity, rank, world, device):
-    """The cached reference. Nothing in it changes while the policy trains: evaluate it once, keep two numbers a pair.
+def cached(reference, steps, file, identity, device):
+    """Cached: nothing in the reference changes while the policy trains, so evaluate it once.
 
-    reference: batch -> (samples, 2). steps: batches that cover the data set, composed as in the first epoch.
-    identity: all that the numbers depend on (weights, data, template, tokenizer, precision ...); a file written
-    under another one is not used. Returns a function batch -> (samples, 2) that looks them up."""
+    reference: batch -> (samples, 2). steps: batches that cover the data set, composed as they will
+    be in the first epoch. identity: all that the numbers depend on (weights, data, template,
+    tokenizer, precision, ...); a file written under another one is not used.
+    Returns a function batch -> (samples, 2) that looks the numbers up."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    table = read_cache(file, key)
+    table, first = read_cache(file, key), dist.get_rank() == 0
     if table is None:
         table = torch.full((len(steps.data), 2), -torch.inf, device=device)
-        for step in tqdm(range(len(steps)), "reference", unit="step", disable=rank > 0, dynamic_ncols=True):
-            for batch in steps[step]:
+        for k in tqdm(range(len(steps)), "reference", unit="step", disable=not first):
+            for batch in steps[k]:
                 table[batch.index.to(device)] = reference(batch.to(device))
-        if world > 1:
-            dist.all_reduce(table, dist.ReduceOp.MAX)
-        if rank == 0:
+        dist.all_reduce(table, dist.ReduceOp.MAX)
+        if first:
             save_file({"logps": table.cpu()}, file.with_suffix(".tmp"), {"key": key})
             os.replace(file.with_suffix(".tmp"), file)
     table = table.to(device)
@@ -79,6 +82,7 @@ def cached(reference, steps, file, identity, rank, world, device):
 
 
 def read_cache(file, key):
+    """The cached table, or None if it is absent, damaged or somebody else's."""
     try:
         with safe_open(file, "pt") as f:
             return f.get_tensor("logps") if (f.metadata() or {}).get("key") == key else None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -13,6 +14,7 @@ import data  # noqa: E402
 import model as m  # noqa: E402
 
 torch.set_num_threads(2)
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 
 
 @pytest.fixture(scope="session")

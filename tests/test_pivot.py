@@ -40,7 +40,7 @@ def test_dpo_runs_its_prerequisites_and_reports(toy):
     for stage in ("encoder", "llm", "align", "lookup", "instruct", "dpo"):
         assert (runs / "toy" / stage / "settings.json").exists() and f"toy/{stage}: done" in done.stdout
         assert (runs / "toy" / stage / "curve.png").stat().st_size > 500 and len(log(runs / "toy" / stage)) == 4
-    assert set(weights(runs / "toy/dpo")) == {f"{p}/model.safetensors" for p in pivot.EVERYTHING}
+    assert set(weights(runs / "toy/dpo")) == {f"{p}/model.safetensors" for p in pivot.ALL}
     for word in ("relative change", "reward margin", "exist", "knowledge", "grey", "before"):
         assert word in done.stdout
     assert abs(log(runs / "toy/dpo")[0]["loss"] - .6931472) < 1e-6          # log 2: policy = reference
@@ -61,7 +61,7 @@ def test_frozen_parts_stay_bit_identical(toy):
     assert weights(runs / "align/encoder") == weights(runs / "encoder/encoder")
     assert weights(runs / "align/llm") == weights(runs / "llm/llm")
     for stage, earlier in (("lookup", "align"), ("instruct", "lookup"), ("dpo", "instruct")):
-        for part in pivot.EVERYTHING:
+        for part in pivot.ALL:
             old, new = (load_file(runs / s / part / "model.safetensors") for s in (earlier, stage))
             frozen = {k for k in old if "layers.3." in k and part == "encoder" or "post_layernorm" in k}
             assert all(torch.equal(old[k], new[k]) for k in frozen)
@@ -95,7 +95,7 @@ def test_a_stale_reference_is_not_used(tmp_path):
         data = range(4)
 
     batch = type("Batch", (), {"index": torch.arange(4), "to": lambda self, device: self})()
-    look = [tmp_path / "reference.safetensors", {"weights": "a"}, 0, 1, "cpu"]
+    look = [tmp_path / "reference.safetensors", {"weights": "a"}, "cpu"]
     assert torch.equal(cached(lambda b: table, Steps([[batch]]), *look)(batch), table)
     assert torch.equal(cached(lambda b: 1 / 0, Steps([[batch]]), *look)(batch), table)       # same identity: read
     look[1] = {"weights": "b"}
@@ -143,7 +143,7 @@ def test_two_processes_give_the_single_process_result(toy, stage):
     assert len(one) == len(two) == 4
     for a, b in zip(one, two):
         assert abs(a["loss"] - b["loss"]) < 1e-5 * a["loss"] and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 * a["grad_norm"]
-    for part in pivot.EVERYTHING:
+    for part in pivot.ALL:
         a, b, old = (load_file(runs / x / part / "model.safetensors") for x in
                      (f"one/{stage}", f"two/{stage}", "toy/lookup" if stage == "instruct" else "toy/instruct"))
         change = sum((a[k] - old[k]).square().sum() for k in a) ** .5
