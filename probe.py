@@ -4,6 +4,7 @@ Everything here measures a model as it was saved, on samples that no stage train
 """
 import copy
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -58,6 +59,66 @@ def vqa(model, data, prepare, device, dtype, blank=False):
         rows += [(s.kind, s.category, s.turns[-1][1], prepare.tokenizer.decode(ids).strip())
                  for s, ids in zip(samples, said)]
     return gathered(rows)
+
+
+# -------------------------------------------------------------------------------- VQA's metrics
+
+def number(text):
+    """The number that a text is ("3", "12.5", "40%" = 0.4), or None."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def relaxed(said, answer):
+    """ChartQA (Masry et al. 2022): numbers may be 5% off, anything else must be equal."""
+    a, b = number(said), number(answer)
+    return abs(a - b) <= .05 * abs(b) if a is not None and b else said == answer
+
+
+def anls(said, answer):
+    """DocVQA (Biten et al. 2019): 1 - edit distance / longer length; 0 from a distance of half."""
+    row = list(range(len(answer) + 1))
+    for i, c in enumerate(said, 1):
+        row, above = [i], row
+        for j, d in enumerate(answer, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (c != d)))
+    distance = row[-1] / max(len(said), len(answer), 1)
+    return 1 - distance if distance < .5 else 0.
+
+
+DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                  "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+
+
+def plain(text):
+    """VQA v2's normal form: no punctuation or articles, number words as digits."""
+    text = re.sub(r"(?<=\d),(?=\d)|(?<!\d)\.|\.(?!\d)|['\"]", "", text.lower())
+    words = re.sub(r"[^\w\s.:]", " ", text).split()
+    return " ".join(DIGITS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+def vqa_accuracy(said, answers):
+    """VQA v2 (Goyal et al. 2017): min(agreeing of the other nine annotators / 3, 1), averaged over
+    leaving each annotator out."""
+    hits = [plain(said) == plain(answer) for answer in answers]
+    return sum(min((sum(hits) - hit) / 3, 1) for hit in hits) / len(hits)
+
+
+def choice(said, answer):
+    """Multiple choice: the first letter that stands alone, "B", "(b)", "B. a cat"."""
+    letter = re.search(r"\b([a-z])\b", said)
+    return said == answer or bool(letter) and letter[1] == answer
+
+
+def score(metric, said, answers):
+    """How right an answer is, 0 to 1: the best over the acceptable answers, case ignored."""
+    said, answers = said.strip().lower(), [a.strip().lower() for a in answers]
+    if metric == "vqa":
+        return vqa_accuracy(said, answers)
+    rule = {"exact": str.__eq__, "relaxed": relaxed, "anls": anls, "choice": choice}[metric]
+    return float(max(rule(said, answer) for answer in answers))
 
 
 def evaluate(parts, select_layer, pairs, questions, prepare, device, dtype):

@@ -13,7 +13,6 @@ from conftest import ROOT, run
 from safetensors.torch import load_file
 
 import pivot
-import probe
 
 TOY = ["--preset", "toy", "--dtype", "float32", "--eval-scenes", "2"]
 
@@ -200,9 +199,3 @@ def test_schedule():
     assert rates[:5] == pytest.approx([.2, .4, .6, .8, 1.]) and rates[5] == 1 and 0 < rates[-1] < 1e-3
     assert all(a >= b for a, b in zip(rates[5:], rates[6:])) and pivot.schedule(0, 1, .03) == 1
 
-
-def test_moved_table():
-    before = {"encoder.a": torch.tensor([3., 4.]), "llm.b": torch.ones(4), "llm.c": torch.zeros(2)}
-    after = {"encoder.a": torch.tensor([3., 4.5]), "llm.b": torch.ones(4), "llm.c": torch.zeros(2)}
-    text = probe.moved(before, after)
-    assert "1.00e-01" in text.splitlines()[2] and "0.00e+00" in text.splitlines()[3] and " 6 " in text
