@@ -107,9 +107,9 @@ def vqa_accuracy(said, answers):
 
 
 def choice(said, answer):
-    """Multiple choice: the first letter that stands alone, "B", "(b)", "B. a cat"."""
-    letter = re.search(r"\b([a-z])\b", said)
-    return said == answer or bool(letter) and letter[1] == answer
+    """Multiple choice: the option's letter, as "B", "(b)", "B. a cat" or "the answer is B"."""
+    letter = re.search(r"^\(?([a-z])(?:[).:]|$)|answer is:? \(?([a-z])\b", said)
+    return said == answer or bool(letter) and answer in letter.groups()
 
 
 def score(metric, said, answers):

@@ -25,7 +25,7 @@ import probe
     ("vqa", "cat", ["cat"] * 4 + ["dog"] * 6, 1), ("vqa", "the Cats!", ["cats"] * 10, 1),
     ("vqa", "two", ["2"] * 10, 1), ("vqa", "dont", ["don't"] * 10, 1), ("vqa", "1.5", ["1.5"] * 10, 1),
     ("choice", "B", ["b"], 1), ("choice", "(B) a cat", ["B"], 1), ("choice", "C. the B side", ["B"], 0),
-    ("choice", "The answer is D.", ["D"], 1), ("choice", "Dogs", ["D"], 0)])
+    ("choice", "The answer is D.", ["D"], 1), ("choice", "Dogs", ["D"], 0), ("choice", "a dog", ["A"], 0)])
 def test_metrics_by_example(metric, said, answers, value):
     assert probe.score(metric, said, answers) == pytest.approx(value)
 
