@@ -5,7 +5,8 @@
     torchrun pivot.py --stage chat --image some.png --question "what color is top left"
 
 Stages, each from the one before it: encoder, llm -> align -> lookup -> instruct -> sft | dpo.
-Those that a stage needs and that are not there yet are run first.
+Those that a stage needs and that are not there yet are run first. pivot-align -> pivot puts the
+encoder that --encoder names, frozen, under a fresh projector and LLM.
 """
 import argparse
 import functools
@@ -58,6 +59,7 @@ class Stage:
     lr: float
     encoder_lr: float
     optimizer: str      # muon: Muon for matrices inside the blocks (lr), AdamW for the rest (lr / 10)
+    epochs: float = 0   # passes over the data, instead of steps
 
 
 ALL = ("encoder", "projector", "llm")
@@ -69,9 +71,20 @@ WORLD = {
     "instruct": Stage(("lookup",), ALL, "sft", "instruct", 64000, 1000, 32, .015, .0015, "muon"),
     "sft": Stage(("instruct",), ALL, "sft", "preferences", 4096, 384, 32, 1e-4, 1e-4, "adamw"),
     "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 4096, 384, 32, 1e-4, 1e-4, "adamw"),
+    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 150, 32, .015, 0, "muon"),
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 800, 32, .015, 0, "muon"),
 }
-PRESETS = {"world": WORLD, "toy": {name: replace(row, samples=64, steps=4, batch=8)
-                                   for name, row in WORLD.items()}}
+PAPER = {   # the appendix's hyper-parameters; every stage takes its data from --data
+    "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),
+    "instruct": Stage(("align",), ALL, "sft", "", 0, 0, 256, 1e-5, 2e-6, "adamw", 1),
+    "sft": Stage(("instruct",), ALL, "sft", "", 0, 0, 256, 5e-6, 5e-6, "adamw", 3),
+    "dpo": Stage(("instruct",), ALL, "dpo", "", 0, 0, 256, 1e-6, 1e-6, "adamw", 3),
+    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "", 0, 0, 256, 1e-5, 0, "adamw", 1),
+}
+PRESETS = {"world": WORLD, "paper": PAPER,
+           "toy": {k: replace(row, samples=64, steps=4, batch=8) for k, row in WORLD.items()}}
+LEAVES = {"encoder": ALL[:1], "llm": ALL[2:]}           # what a stage writes, if not all three parts
 
 
 def option(default, help, choices=None):
@@ -198,7 +211,7 @@ def schedule(step, steps, warmup):
 def freeze(model, row):
     """Only the parts that the stage trains get gradients, and of the encoder only what runs."""
     for name, module in model.named_children():
-        module.requires_grad_(name in row.trains or not row.needs)
+        module.requires_grad_(name in row.trains or row.objective == "contrastive")
     for module in model.encoder.unused() if model.encoder else ():
         module.requires_grad_(False)
 
@@ -272,9 +285,10 @@ def same_or_refuse(folder, settings):
 
 # ----------------------------------------------------------------------------- the training loop
 
-def train(s, objective, folder, model, steps, held_out, reference, device):
+def train(s, objective, folder, model, steps, held_out, references, device):
     """A stage's loop: fetch, forward, backward, clip, step, log, save. Interrupted, it goes on
-    from its last save. steps[k] are the micro-batches of this rank for step k."""
+    from its last save. steps[k] are the micro-batches of this rank for step k. references: for DPO
+    two functions batch -> (samples, 2), for the steps and for what is held out."""
     optimizers, log, start = make_optimizers(model, s), folder / "log.jsonl", 0
     trained = [p for p in model.parameters() if p.requires_grad]
     for start, save in saves(folder)[-1:]:
@@ -283,7 +297,7 @@ def train(s, objective, folder, model, steps, held_out, reference, device):
         lines = log.read_text().splitlines() if log.exists() else []
         log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
 
-    def forward(batch):
+    def forward(batch, reference):
         """Loss summed over a micro-batch; numbers to add up over micro-batches and ranks."""
         batch = batch.to(device)
         if reference:
@@ -310,7 +324,7 @@ def train(s, objective, folder, model, steps, held_out, reference, device):
     for step, batches in enumerate(bar, start):
         parts = []
         for batch in batches:
-            loss, sums = forward(batch)
+            loss, sums = forward(batch, references[0])
             loss.backward()
             parts.append(sums)
         means, count, samples = total(parts)
@@ -330,8 +344,8 @@ def train(s, objective, folder, model, steps, held_out, reference, device):
                 "samples_per_s": samples / seconds}
         if s.eval_every and (step + 1) % s.eval_every == 0:
             with torch.no_grad():
-                seen = [forward(b)[1] for k in range(len(held_out)) for b in held_out[k]]
-                line["held_out"] = total(seen)[0]
+                line["held_out"] = total([forward(batch, references[1])[1] for k in
+                                          range(len(held_out)) for batch in held_out[k]])[0]
         if first():
             with open(log, "a") as f:
                 f.write(json.dumps(line) + "\n")
@@ -343,22 +357,19 @@ def train(s, objective, folder, model, steps, held_out, reference, device):
 
 # ------------------------------------------------------------------------------------- one stage
 
-def leaves(preset, stage):
-    """The parts that a stage writes."""
-    row = PRESETS[preset][stage]
-    return ALL if row.needs else row.trains
-
-
 def inputs(s, device):
     """{part: folder} that the stage starts from. Runs the earlier stages that are missing."""
     given = {part: getattr(s, part) for part in ALL if getattr(s, part)}
     for need in PRESETS[s.preset][s.stage].needs:
-        earlier = Path(s.runs) / s.base / need
-        made = [part for part in leaves(s.preset, need) if part not in given]
+        made = [part for part in LEAVES.get(need, ALL) if part not in given]
+        home = s.name if s.stage == "pivot" else s.base     # pivot's alignment is for its encoder
+        earlier = Path(s.runs) / home / need
         if made and not finished(earlier):
+            if need not in PRESETS[s.preset]:
+                raise BadInput(f"--{made[0]}: name a folder; preset {s.preset} does not make one")
             say(f"{s.stage} needs {need}, which is not there yet")
-            shared = {k: getattr(s, k) for k in SHARED}
-            run_stage(resolve(Settings(stage=need, name=s.base, base=s.base, **shared)), device)
+            shared = {k: getattr(s, k) for k in (*SHARED, *(["encoder"] if home == s.name else []))}
+            run_stage(resolve(Settings(stage=need, name=home, base=s.base, **shared)), device)
         given |= {part: str(earlier / part) for part in made}
     return given
 
@@ -373,6 +384,8 @@ def run_stage(s, device):
     # ---- data
     if s.data and not row.needs:
         raise BadInput(f"--data: stage {s.stage} knows the embedded world only")
+    if not s.data and not row.content:
+        raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
     split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
     dataset = (data.Records(s.data, s.image_root) if s.data else
                data.World(row.content, split, s.samples))
@@ -414,36 +427,41 @@ def run_stage(s, device):
     prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
                            responses=2 if row.objective == "dpo" else 1)
 
-    def in_steps(samples, steps):
-        return data.Steps(samples, prepare, steps, s.batch, s.micro_batch, s.seed, dist.get_rank(),
-                          dist.get_world_size())
+    def in_steps(samples, epochs=1, steps=None):
+        steps = steps or math.ceil(epochs * len(samples) / s.batch)
+        return data.Steps(samples, prepare, steps, s.batch, s.micro_batch, s.seed,
+                          dist.get_rank(), dist.get_world_size())
 
-    epoch = math.ceil(len(dataset) / s.batch)
-    steps = math.ceil(s.epochs * len(dataset) / s.batch) if s.epochs else s.steps
-    reference = None
+    pairs, held_out = held_out, held_out if s.eval_every else None
+    references = None, None
     if row.objective == "dpo":
-        reference = functools.partial(reference_logps, shard(frozen(model)),
-                                      probe.autocast(device, s.dtype))
+        live = functools.partial(reference_logps, shard(frozen(model)),
+                                 probe.autocast(device, s.dtype))
+        references = live, live
         if s.reference == "cached":
-            reference = cached(reference, in_steps(dataset, epoch),
-                               folder / "reference.safetensors", settings, device)
+            references = [d and cached(live, in_steps(d), folder / file,
+                                       settings | {"samples": d.fingerprint()}, device)
+                          for d, file in ((dataset, "reference.safetensors"),
+                                          (held_out, "reference_held_out.safetensors"))]
+        del live
     objective = {"contrastive": contrastive_objective, "sft": sft_objective,
                  "dpo": functools.partial(dpo_objective, beta=s.beta, variant=s.loss)}
-    train(s, objective[row.objective], folder, shard(model), in_steps(dataset, steps),
-          held_out and in_steps(held_out, math.ceil(len(held_out) / s.batch)), reference, device)
+    train(s, objective[row.objective], folder, shard(model),
+          in_steps(dataset, s.epochs, s.steps if not s.epochs else None),
+          held_out and in_steps(held_out), references, device)
 
     # ---- the folders it leaves, and its tables
     after, report = full_state(model), [f"# {s.name}/{s.stage}"]
     if first():
-        has = {part: part in leaves(s.preset, s.stage) for part in ALL}
+        has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
         save_model(folder, after, has["encoder"] and encoder, has["projector"],
                    has["llm"] and model.llm.config, tokenizer)
         probe.curve(folder / "log.jsonl", folder / "curve.png")
         report += [probe.moved(before, after)]
     dist.barrier()
-    del model, reference
-    if "instruct" in (s.stage, *row.needs):
-        report += measure(s, folder, parts, held_out, prepare, device)
+    del model, references
+    if s.stage in ("instruct", "sft", "dpo", "pivot"):
+        report += measure(s, folder, parts, pairs, prepare, device)
     if first():
         (folder / "report.md").write_text("\n\n".join(report) + "\n")
         write_json(folder / "settings.json", settings | {"finished": True})
@@ -467,9 +485,11 @@ def measure(s, folder, parts, pairs, prepare, device):
         home = {Path(v).parent for v in at.values()}
         file = home.pop() / "results.json"      # a base is measured once, not by all who use it
         known = json.loads(file.read_text()) if file.exists() and not home and not s.data else {}
+        if side == "before" and s.stage not in ("sft", "dpo"):
+            continue
         if side == "before" and known.get("setup") == setup:
             results[side] = known["results"]
-        elif side == "after" or s.stage != "instruct":
+        else:
             results[side] = probe.evaluate(at, s.select_layer, pairs, questions, prepare, device,
                                            s.dtype)
     if first() and not s.data:

@@ -86,6 +86,17 @@ def test_live_and_cached_reference_agree_at_every_step(toy):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["margin"] - b["margin"]) < 1e-4
 
 
+def test_held_out_pairs_have_a_reference_of_their_own(toy):
+    """Nothing moves at a learning rate of zero: every loss, held-out ones too, is log 2."""
+    runs, _ = toy
+    for reference in ("live", "cached"):
+        run("--stage", "dpo", *TOY, "--runs", runs, "--lr", "0", "--encoder-lr", "0", "--eval-every", "2",
+            "--name", f"still-{reference}", "--reference", reference)
+        lines = log(runs / f"still-{reference}/dpo")
+        for line in [*lines, lines[1]["held_out"], lines[3]["held_out"]]:
+            assert abs(line["loss"] - .6931472) < 1e-5 and abs(line["margin"]) < 1e-4
+
+
 def test_a_stale_reference_is_not_used(tmp_path):
     from dpo import cached
     table = torch.arange(8.).view(4, 2)
