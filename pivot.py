@@ -153,7 +153,11 @@ def resolve(s):
         s = replace(s, dtype="bfloat16" if bf16 else "float32")
     if s.stage == "chat":
         return s
+    if s.stage not in PRESETS[s.preset]:
+        raise BadInput(f"--stage {s.stage}: preset {s.preset} has no such stage")
     row = asdict(PRESETS[s.preset][s.stage])
+    if s.steps:
+        s = replace(s, epochs=s.epochs or 0.)           # asked for in steps, not in epochs
     s = replace(s, **{k: row[k] for k in row if hasattr(s, k) and getattr(s, k) is None})
     return replace(s, micro_batch=s.micro_batch or s.batch)
 
@@ -368,7 +372,8 @@ def inputs(s, device):
             if need not in PRESETS[s.preset]:
                 raise BadInput(f"--{made[0]}: name a folder; preset {s.preset} does not make one")
             say(f"{s.stage} needs {need}, which is not there yet")
-            shared = {k: getattr(s, k) for k in (*SHARED, *(["encoder"] if home == s.name else []))}
+            shared = {k: getattr(s, k) for k in SHARED}
+            shared |= {"encoder": s.encoder} if s.stage == "pivot" else {}
             run_stage(resolve(Settings(stage=need, name=home, base=s.base, **shared)), device)
         given |= {part: str(earlier / part) for part in made}
     return given
@@ -534,13 +539,14 @@ def arguments(argv=None):
                                     for name, row in WORLD.items()]
     parser.epilog = "the stages of preset world:\n" + "\n".join(
         "  " + " ".join(cell.ljust(12) for cell in row) for row in rows)
-    return resolve(Settings(**vars(parser.parse_args(argv))))
+    return Settings(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):
-    s = arguments(argv)
+    asked = arguments(argv)
     device = setup()
     try:
+        s = resolve(asked)
         (chat if s.stage == "chat" else run_stage)(s, device)
     except BadInput as error:
         print(f"pivot: {error}", file=sys.stderr)
