@@ -152,6 +152,40 @@ def evaluate(parts, select_layer, pairs, questions, prepare, device, dtype):
     return out
 
 
+# ------------------------------------------------------------------------------------------ cost
+
+def flops(encoder, llm, layers, length, targets, trains, images=1):
+    """Floating-point operations of one training sample; a multiply-add is two. Forward, per token:
+
+        encoder     layers * (2 (4 d^2 + 2 d f)       + 4 d tokens) + 2 * 3 p^2 d
+        projector   2 (d D + D^2)
+        llm         layers * (2 (2 D q + 2 D k + 3 D F) + 4 q length), and 2 D V per target
+
+    d, f / D, F: width and MLP width of encoder / LLM; q, k: width of all query / key heads; V: the
+    vocabulary; p: the patch. The last term of a layer is attention (dense). Backward costs a matrix
+    once more for its weights, if its part trains, and once more for its inputs, if anything that
+    trains lies before it; attention, which has two inputs, twice more. Recomputation is not counted.
+
+    encoder, llm: configs. layers: how many of the encoder's run. length: tokens of the row.
+    targets: tokens with a logit. trains: names of the parts that train."""
+    n, d, f, p = encoder.tokens, encoder.hidden_size, encoder.intermediate_size, encoder.patch_size
+    width, q, tokens = llm.hidden_size, llm.hidden_size, n * images
+    k = q * llm.num_key_value_heads // llm.num_attention_heads
+    depth = llm.num_hidden_layers
+    steps = [       # in the order of the forward pass: (part, matrices, attention)
+        ("encoder", tokens * 6 * p * p * d, 0),
+        ("encoder", tokens * layers * 2 * (4 * d * d + 2 * d * f), tokens * layers * 4 * d * n),
+        ("projector", tokens * 2 * d * width, 0), ("projector", tokens * 2 * width * width, 0),
+        ("llm", length * depth * 2 * (2 * width * (q + k) + 3 * width * llm.intermediate_size),
+         length * depth * 4 * q * length),
+        ("llm", targets * 2 * width * llm.vocab_size, 0)]
+    total, below = 0, False
+    for part, matrices, attention in steps:
+        total += matrices * (1 + (part in trains) + below) + attention * (1 + 2 * below)
+        below = below or part in trains
+    return total
+
+
 # ------------------------------------------------------------------------------ tables, pictures
 
 def markdown(header, rows):

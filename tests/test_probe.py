@@ -59,3 +59,23 @@ def test_tables_add_up():
     assert ["all", "", "40", "0.325", "0.225", "0.000", "0.475"] in rows
     assert "| all    | 10 | 0.100    | 0.500 | 0.400  | 0.600 | 0.020" in second
     assert "before" not in probe.tables({"after": {"pairs": pairs}}, beta=.1)[0]
+
+
+@pytest.mark.parametrize("trains", [("encoder", "projector", "llm"), ("projector",), ("projector", "llm"), ()])
+def test_flops_against_torchs_counter(net, prepare, pairs, trains, monkeypatch):
+    """Every matrix product of a real step, counted by torch; the recomputation of logits taken out."""
+    import model
+    from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(model, "checkpoint", lambda f, *a, **_: f(*a))
+    sample, = [p for p in pairs if p.kind == "scene"][:1] or pairs[:1]
+    batch = prepare([sample])
+    for name, part in net.named_children():
+        part.requires_grad_(name in trains)
+    with FlopCounterMode(display=False) as counter:
+        logps = net(batch)
+        if trains:
+            logps.sum().backward()
+    counted = counter.get_total_flops()
+    expected = probe.flops(net.encoder.config, net.llm.config, len(net.encoder.used()), batch.tokens.shape[1],
+                           len(batch.target), trains)
+    assert expected == pytest.approx(counted, rel=1e-3)
