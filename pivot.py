@@ -270,6 +270,14 @@ def save_resume(folder, step, model, optimizers):
             shutil.rmtree(path)
 
 
+def hash_weights(folder):
+    """What identifies a checkpoint folder: the hashes of its tensor files."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise BadInput(f"{folder}: no safetensors there; name a folder with a model in it")
+    return [hash_file(file) for file in files]
+
+
 def finished(folder):
     file = folder / "settings.json"
     return file.exists() and json.loads(file.read_text()).get("finished", False)
@@ -399,7 +407,7 @@ def run_stage(s, device):
     for d in (dataset, held_out):
         if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
             raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
-    hashes = {part: hash_file(Path(at) / "model.safetensors") for part, at in parts.items()}
+    hashes = {part: hash_weights(at) for part, at in parts.items()}
     if "llm" not in parts and first():
         data.train_tokenizer(folder / "tokenizer")
     dist.barrier()
