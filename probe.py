@@ -124,9 +124,10 @@ def score(metric, said, answers):
 def evaluate(parts, select_layer, pairs, questions, prepare, device, dtype):
     """Measure the model in three folders on held-out pairs and questions (None: not on those).
 
-    Returns {"pairs": {kind: [n, right, right with a grey picture, majority, sum of margins]},
-             "questions": {kind: [n, right, right with a grey picture, majority, category]}};
-    majority: how many samples have the most common chosen response or answer."""
+    Returns {"pairs": [[kind, chosen text, logp chosen - logp rejected, the same with a grey
+                        picture]],
+             "questions": {kind: [n, right, right with a grey picture, most common answer's n,
+                                  category]}}."""
     model = load_model(parts["encoder"], parts["projector"], parts["llm"], select_layer)
     model.to(device).eval()
     prepare = copy.copy(prepare)
@@ -135,12 +136,8 @@ def evaluate(parts, select_layer, pairs, questions, prepare, device, dtype):
 
     if pairs is not None:
         seen, grey = (preference(model, pairs, *where, blank=b) for b in (False, True))
-        out["pairs"] = {}
-        for kind in ("all", *dict.fromkeys(row[0] for row in seen)):
-            both = [(a, b) for a, b in zip(seen, grey) if kind in (a[0], "all")]
-            out["pairs"][kind] = [
-                len(both), sum(a[2] > a[3] for a, _ in both), sum(b[2] > b[3] for _, b in both),
-                Counter(a[1] for a, _ in both).most_common(1)[0][1], sum(a[2] - a[3] for a, _ in both)]
+        out["pairs"] = [[kind, text, chosen - rejected, c - r]
+                        for (kind, text, chosen, rejected), (_, _, c, r) in zip(seen, grey)]
     if questions is not None:
         seen, grey = (vqa(model, questions, *where, blank=b) for b in (False, True))
         out["questions"] = {}
@@ -188,6 +185,11 @@ def flops(encoder, llm, layers, length, targets, trains, images=1):
 
 # ------------------------------------------------------------------------------ tables, pictures
 
+def share(hits):
+    hits = list(hits)
+    return sum(hits) / len(hits)
+
+
 def markdown(header, rows):
     """A table whose columns line up also where it is not rendered."""
     rows = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
@@ -230,16 +232,22 @@ def tables(results, beta):
                        [[a, b, n, *(v / n for v in row)] for a, b, n, *row in rows]))
     if "pairs" in after:
         rows = []
-        for kind, (n, right, grey, majority, margin) in sorted(
-                after["pairs"].items(), key=lambda item: (item[0] == "all", item[0])):
-            gain = [beta * (margin - results["before"]["pairs"][kind][4]) / n
-                    ] if "before" in results else []
-            rows.append([kind, n, majority / n, grey / n,
-                         *(results[s]["pairs"][kind][1] / n for s in sides), *gain])
-        header = ["answer", "n", "majority", "grey", *sides, "reward margin"]
-        out.append("Held-out preferences: share of pairs whose chosen response is the likelier one. "
-                   "majority: the most common\nchosen response's share; grey: with a grey picture.\n\n"
-                   + markdown(header[:len(rows[0])], rows))
+        for kind in (*sorted({pair[0] for pair in after["pairs"]}), "all"):
+            at = [i for i, pair in enumerate(after["pairs"]) if kind in (pair[0], "all")]
+            texts, grey = zip(*(after["pairs"][i][1::2] for i in at))
+            margins = [[results[side]["pairs"][i][2] for i in at] for side in sides]
+            row = [kind, len(at), share(t == max(texts, key=texts.count) for t in texts),
+                   *(share(m > 0 for m in column) for column in (grey, *margins))]
+            if len(sides) > 1:
+                gain = [b - a for a, b in zip(*margins)]
+                row += [share(g > 0 for g in gain), beta * sum(gain) / len(gain)]
+            rows.append(row)
+        header = ["answer", "n", "majority", "grey", *sides, "reward accuracy", "reward margin"]
+        out.append(
+            "Held-out preferences: share of pairs whose chosen response is the likelier one. majority: "
+            "the most common\nchosen response's share; grey: with a grey picture; reward accuracy: "
+            "share of pairs whose chosen response\ngained on the rejected one; reward margin: by how "
+            "much, times beta.\n\n" + markdown(header[:len(rows[0])], rows))
     return out
 
 

@@ -51,13 +51,17 @@ def test_moved_table():
 
 def test_tables_add_up():
     questions = {"color": [10, 5, 1, 3, "general"], "corners": [10, 8, 2, 4, "knowledge"], "count": [20, 6, 6, 6, "vision"]}
-    pairs = {"all": [10, 6, 5, 1, 2.5]}
-    before = {"questions": {k: [n, 0, *rest] for k, (n, _, *rest) in questions.items()}, "pairs": {"all": [10, 4, 5, 1, .5]}}
+    pairs = [["color", "red", 2., 1.], ["color", "red", -1., -1.], ["size", "large", 3., 1.], ["size", "small", 1., -1.]]
+    old = [[kind, text, margin, grey] for (kind, text, *_), margin, grey in
+           zip(pairs, (1., 1., -1., 0.), (9., 9., 9., 9.))]
+    before = {"questions": {k: [n, 0, *rest] for k, (n, _, *rest) in questions.items()}, "pairs": old}
     first, second = probe.tables({"before": before, "after": {"questions": questions, "pairs": pairs}}, beta=.1)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (first + "\n" + second).splitlines()]
     assert ["visual", "", "30", "0.300", "0.233", "0.000", "0.367"] in rows
     assert ["all", "", "40", "0.325", "0.225", "0.000", "0.475"] in rows
-    assert "| all    | 10 | 0.100    | 0.500 | 0.400  | 0.600 | 0.020" in second
+    assert ["color", "2", "1.000", "0.500", "1.000", "0.500", "0.500", "-0.050"] in rows
+    assert ["size", "2", "0.500", "0.500", "0.000", "1.000", "1.000", "0.250"] in rows
+    assert ["all", "4", "0.500", "0.500", "0.500", "0.750", "0.750", "0.100"] in rows
     assert "before" not in probe.tables({"after": {"pairs": pairs}}, beta=.1)[0]
 
 
