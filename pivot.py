@@ -64,13 +64,13 @@ class Stage:
 
 ALL = ("encoder", "projector", "llm")
 WORLD = {
-    "encoder": Stage((), ALL[:1], "contrastive", "captions", 32000, 120, 128, .015, .015, "muon"),
+    "encoder": Stage((), ALL[:1], "contrastive", "captions", 32000, 100, 128, .015, .015, "muon"),
     "llm": Stage((), ALL[2:], "sft", "text", 32000, 60, 32, .015, 0, "muon"),
     "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "captions", 32000, 50, 32, .015, 0, "muon"),
-    "lookup": Stage(("align",), ALL, "sft", "lookup", 32000, 250, 32, .015, .0015, "muon"),
-    "instruct": Stage(("lookup",), ALL, "sft", "instruct", 64000, 1000, 32, .015, .0015, "muon"),
-    "sft": Stage(("instruct",), ALL, "sft", "preferences", 12288, 384, 32, 3e-4, 3e-4, "adamw"),
-    "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 12288, 384, 32, 1e-4, 1e-4, "adamw"),
+    "lookup": Stage(("align",), ALL, "sft", "lookup", 32000, 200, 32, .015, .0015, "muon"),
+    "instruct": Stage(("lookup",), ALL, "sft", "instruct", 64000, 800, 32, .015, .0015, "muon"),
+    "sft": Stage(("instruct",), ALL, "sft", "preferences", 8192, 256, 32, 3e-4, 3e-4, "adamw"),
+    "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 8192, 256, 32, 1e-4, 1e-4, "adamw"),
     "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 150, 32, .015, 0, "muon"),
     "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 800, 32, .015, 0, "muon"),
 }

@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model as m  # noqa: E402
 
-torch.set_num_threads(2)
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 
 
