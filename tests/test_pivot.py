@@ -160,6 +160,34 @@ def test_two_processes_give_the_single_process_result(toy, stage):
         assert sum((a[k] - b[k]).square().sum() for k in a) ** .5 < .02 * change
 
 
+def test_pivot_keeps_the_encoder_and_learns_the_rest(toy):
+    """A dpo encoder, frozen, under a fresh projector and the text LLM; its alignment is run first."""
+    runs, _ = toy
+    source = runs / "toy/dpo/encoder"
+    done = run("--stage", "pivot", *TOY, "--runs", runs, "--name", "again", "--encoder", source)
+    assert "pivot-align: done" in done.stdout and "pivot: done" in done.stdout and "knowledge" in done.stdout
+    assert weights(runs / "again/pivot/encoder") == weights(source)
+    for part in ("projector", "llm"):
+        assert weights(runs / "again/pivot" / part) != weights(runs / "toy/dpo" / part)
+    assert weights(runs / "again/pivot-align/llm") == weights(runs / "toy/llm/llm")
+
+
+def test_the_papers_preset_wants_files(toy, tmp_path):
+    runs, _ = toy
+    given = [x for part in pivot.ALL for x in (f"--{part}", runs / "toy/instruct" / part)]
+    options = ["--preset", "paper", "--dtype", "float32", "--runs", tmp_path, *given, "--template", "plain"]
+    done = run("--stage", "sft", *options, check=False)
+    assert done.returncode == 1 and "needs a file of samples" in done.stderr
+    rows = [{"question": f"what is {i}", "chosen": "red", "rejected": "blue"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run("--stage", "dpo", *options, "--data", tmp_path / "pairs.jsonl", "--batch", "8")
+    lines = log(tmp_path / "paper/dpo")
+    assert len(lines) == 8 and max(line["lr"] for line in lines) == 1e-6        # ceil(3 epochs * 20 / 8) steps
+    assert all(abs(line["loss"] - .6931) < 1e-2 for line in lines)
+    run("--stage", "dpo", *options, "--data", tmp_path / "pairs.jsonl", "--batch", "8", "--steps", "2", "--name", "short")
+    assert len(log(tmp_path / "short/dpo")) == 2
+
+
 def test_real_preferences_from_files(toy, tmp_path):
     from PIL import Image
     runs, _ = toy
