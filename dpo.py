@@ -73,7 +73,8 @@ def cached(reference, steps, file, identity, device):
         for k in tqdm(range(len(steps)), "reference", unit="step", disable=not first):
             for batch in steps[k]:
                 table[batch.index.to(device)] = reference(batch.to(device))
-        dist.all_reduce(table, dist.ReduceOp.MAX)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(table, dist.ReduceOp.MAX)
         if first:
             save_file({"logps": table.cpu()}, file.with_suffix(".tmp"), {"key": key})
             os.replace(file.with_suffix(".tmp"), file)

@@ -263,7 +263,9 @@ def saves(folder):
 def save_resume(folder, step, model, optimizers):
     """Write beside the old save, rename, delete the old one: a whole one is there at any moment."""
     old, final = saves(folder), folder / "train" / f"step-{step}"
-    dcp.save(resume_state(model, optimizers), checkpoint_id=final.with_suffix(".tmp"))
+    # alone, no collectives: gloo's threads would start OpenMP teams that slow the main one down
+    dcp.save(resume_state(model, optimizers), checkpoint_id=final.with_suffix(".tmp"),
+             no_dist=dist.get_world_size() == 1)
     if first():
         os.replace(final.with_suffix(".tmp"), final)
         for _, path in old:
@@ -304,7 +306,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
     optimizers, log, start = make_optimizers(model, s), folder / "log.jsonl", 0
     trained = [p for p in model.parameters() if p.requires_grad]
     for start, save in saves(folder)[-1:]:
-        dcp.load(resume_state(model, optimizers), checkpoint_id=save)
+        dcp.load(resume_state(model, optimizers), checkpoint_id=save,
+                 no_dist=dist.get_world_size() == 1)
     if first():                                 # forget what was logged after the last save
         lines = log.read_text().splitlines() if log.exists() else []
         log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
