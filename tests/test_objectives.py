@@ -128,5 +128,6 @@ def test_every_trained_tensor_gets_a_gradient(stage, tokenizer):
     silent = [k for k, v in norms.items() if not v > 1e-6 * median and not k.endswith("k_proj.bias")]
     assert not silent and {k.split(".")[0] for k in trained} >= set(row.trains)
     frozen = {k for k, p in net.named_parameters() if not p.requires_grad}
-    expected = {"align": ("encoder.", "llm.")}.get(stage, ("encoder.encoder.layers.3", "encoder.post_layernorm"))
-    assert all(k.startswith(expected) for k in frozen) and bool(frozen) == bool(row.needs)
+    expected = [f"{part}." for part in pivot.ALL if part not in row.trains]
+    expected += ["encoder.encoder.layers.3", "encoder.post_layernorm"]
+    assert all(k.startswith(tuple(expected)) for k in frozen) and bool(frozen) == bool(row.needs)
