@@ -81,7 +81,8 @@ def test_live_and_cached_reference_agree_at_every_step(toy):
     for reference in ("live", "cached"):
         run(*options, "--name", reference, "--reference", reference)
     live, cached = log(runs / "live/dpo"), log(runs / "cached/dpo")
-    assert len(live) == 20 and live[-1]["loss"] < .6                         # it learns, so agreement means something
+    # it learns, so that agreement means something
+    assert len(live) == 20 and sum(line["margin"] for line in live[-5:]) / 5 > .1
     for a, b in zip(live, cached):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["margin"] - b["margin"]) < 1e-4
 
