@@ -312,7 +312,7 @@ OUTLINES = {"triangle": [(0, -1), (1, .8), (-1, .8)],
             "cross": [(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
                       (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]}
 SPLITS = ["validation", "test", "probe", "encoder", "llm", "align", "lookup", "instruct",
-          "preferences", "pivot-align", "pivot"]                                # no two share a scene
+          "preferences", "pivot-align", "pivot"]            # no two share a scene
 
 CATEGORY = {"exist": "general", "color": "general", "shape": "general",
             "complement": "knowledge", "corners": "knowledge", "letter": "ocr", "spot": "ocr",
