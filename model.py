@@ -1,14 +1,16 @@
-"""What learns: a ViT encoder, an MLP projector, a decoder LLM, and the multimodal LLM (MLLM) that they make.
+"""What learns: a ViT encoder, an MLP projector, a decoder LLM, and the multimodal LLM (MLLM) that
+they make; and the folders that they are kept in.
 
-Modules and parameters carry the names of Hugging Face's checkpoints (SigLIP's vision model; Qwen2's and Llama's
-decoder), so that loading is load_state_dict and what we save opens there.
+Modules and parameters carry the names of Hugging Face's checkpoints (SigLIP's vision model; Qwen2's
+and Llama's decoder), so that loading is load_state_dict and what we save opens there.
 """
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -20,21 +22,44 @@ from torch.utils.checkpoint import checkpoint
 
 from data import IMAGE, BadInput
 
-LOGIT_CHUNK = 256       # target positions whose logits exist at the same time
+LOGIT_CHUNK = 256           # target positions whose logits exist at the same time
+MAX_SHARD = 5 * 10 ** 9     # bytes of one weight file
+
+
+@dataclass
+class Source:
+    """What else was in the folder that a part was loaded from: saving writes it back."""
+    files: dict                                     # the JSON files
+    names: dict = field(default_factory=dict)       # our tensor name -> (its name there, ndim)
+    rest: dict = field(default_factory=dict)        # the tensors that we do not use
 
 
 @dataclass
 class EncoderConfig:
-    """SigLIP's vision config, and its preprocessing."""
+    """A vision transformer in the words of its config.json, and its preprocessing."""
     hidden_size: int = 128
     intermediate_size: int = 512
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     image_size: int = 48
     patch_size: int = 8
+    model_type: str = "siglip_vision_model"         # one of FAMILIES
+    hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
+    mlp_ratio: float = 0.       # DINOv2's way to say intermediate_size
+    qkv_bias: bool = True
+    use_swiglu_ffn: bool = False
+    num_register_tokens: int = 0
+    dropped_layers: int = 0     # last layers that LLaVA has cut off and select_layer still counts
     image_mean: tuple = (.5, .5, .5)
     image_std: tuple = (.5, .5, .5)
+    resample: int = 3           # Pillow's code: 2 bilinear, 3 bicubic
+    shortest_edge: int = 0      # resize the shorter side to this, then crop the centre; 0: squash
+    source: Source = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self):
+        if self.mlp_ratio:
+            self.intermediate_size = int(self.hidden_size * self.mlp_ratio)
 
     @property
     def tokens(self):
@@ -50,24 +75,109 @@ class LLMConfig:
     num_hidden_layers: int = 3
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
+    head_dim: int = None                # hidden_size / num_attention_heads unless it says otherwise
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_type: str = "default"          # one of ROPES, with the numbers that it needs
+    factor: float = 1.
+    low_freq_factor: float = 1.
+    high_freq_factor: float = 4.
+    original_max_position_embeddings: int = 8192
     attention_bias: bool = True         # on q, k, v: Qwen2 has it, Llama does not
+    output_bias: bool = False           # on o: what Llama's attention_bias adds to that
     tie_word_embeddings: bool = True
+    source: Source = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-# ------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------- what sets the families apart
+
+VIT = (("cls_token", "class_embedding"), ("patch_embeddings.projection", "patch_embedding"),
+       ("position_embeddings", "position_embedding.weight"), ("encoder.layer.", "encoder.layers."),
+       ("attention.attention.query", "self_attn.q_proj"),
+       ("attention.attention.key", "self_attn.k_proj"),
+       ("attention.attention.value", "self_attn.v_proj"),
+       ("attention.output.dense", "self_attn.out_proj"), ("intermediate.dense", "mlp.fc1"),
+       (".output.dense", ".mlp.fc2"), ("layernorm_before", "layer_norm1"),
+       ("layernorm_after", "layer_norm2"), ("layernorm.", "post_layernorm."))
+DINO = (*VIT, (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."))
+IMAGENET = {"image_mean": (.485, .456, .406), "image_std": (.229, .224, .225)}
+CLIP = {"image_mean": (.48145466, .4578275, .40821073),
+        "image_std": (.26862954, .26130258, .27577711)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of vision transformers: what its config.json does not say."""
+    processor: str
+    model: str = ""                     # where the vision part is saved alone: its class
+    rename: tuple = ()                  # (part of a tensor's name, what we call it)
+    class_token: bool = True
+    pre_norm: bool = False              # a norm before the first layer
+    patch_bias: bool = True
+    layer_scale: bool = False
+    crop: bool = False                  # pictures are cropped to a square, not squashed
+    antialias: bool = False             # of interpolated positions
+    defaults: dict = field(default_factory=dict)
+
+
+FAMILIES = {
+    "siglip_vision_model": Family("SiglipImageProcessor", "SiglipVisionModel", class_token=False),
+    "clip_vision_model": Family(
+        "CLIPImageProcessor", "CLIPVisionModel", pre_norm=True, patch_bias=False, crop=True,
+        defaults={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **CLIP}),
+    "dinov2": Family(
+        "BitImageProcessor", rename=DINO, layer_scale=True, crop=True,
+        defaults={"hidden_act": "gelu", "mlp_ratio": 4, **IMAGENET}),
+    "dinov2_with_registers": Family(
+        "BitImageProcessor", rename=DINO, layer_scale=True, crop=True, antialias=True,
+        defaults={"hidden_act": "gelu", "mlp_ratio": 4, "num_register_tokens": 4, **IMAGENET}),
+    "vit_mae": Family("ViTImageProcessor", rename=VIT, defaults={
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "resample": 2, **IMAGENET}),
+    "vit": Family("ViTImageProcessor", rename=VIT, defaults={
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "resample": 2})}
+SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+         "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+WHOLE = {"siglip": {"model_type": "siglip_vision_model", **SIZES},      # sizes if it names none
+         "clip": {"model_type": "clip_vision_model", **SIZES, "patch_size": 32}}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+# model_type: what it is without a vision part, its class, what its config.json leaves unsaid, and
+# what it says but does not mean
+QWEN2 = "qwen2", "Qwen2ForCausalLM", {}, {"attention_bias": True, "output_bias": False,
+                                          "sliding_window": None}
+LLAMA = "llama", "LlamaForCausalLM", {}, {"sliding_window": None}
+MISTRAL = "mistral", "MistralForCausalLM", {"sliding_window": 4096}, {"attention_bias": False}
+LLMS = {"qwen2": QWEN2, "llava_qwen": QWEN2, "llama": LLAMA, "llava_llama": LLAMA,
+        "mistral": MISTRAL, "llava_mistral": MISTRAL}
+ROPES = {"default": (), "linear": ("factor",), "llama3": (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+# what we compute: any other value of these would be computed wrongly
+VISION = {"model_type": FAMILIES, "hidden_act": ACTIVATIONS, "num_channels": (3,),
+          "quantization_config": ()}
+TEXT = {"rope_type": ROPES, "hidden_act": ("silu",), "mlp_bias": (False,),
+        "partial_rotary_factor": (1,), "use_sliding_window": (False,), "sliding_window": (),
+        "quantization_config": ()}
+
+
+# -------------------------------------------------------------------------------------- attention
 
 def visible(sample_q, segment_q, column_q, sample_k, segment_k, column_k):
-    """The one attention rule: a token sees an earlier token of its own sample if that one is in the prompt or in the
-    same response. Elementwise on whatever broadcasts."""
-    return (sample_q == sample_k) & (column_q >= column_k) & ((segment_k == 0) | (segment_q == segment_k))
+    """The one attention rule: a token sees an earlier token of its own sample if that one is in the
+    prompt or in the same response. Elementwise on whatever broadcasts."""
+    return ((sample_q == sample_k) & (column_q >= column_k) &
+            ((segment_k == 0) | (segment_q == segment_k)))
 
 
 def attend(q, k, v, mask=None):
-    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: bool (B, 1, T, S) -> (B, heads, T, d).
+    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: bool (B, 1, T, S)
+    -> (B, heads, T, d).
 
-    On a CPU it is written out: there the fused kernel's backward takes twice as long at our sizes."""
+    On a CPU it is written out: the fused kernel's backward takes twice as long at our sizes."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q @ k.mT * q.shape[-1] ** -.5
@@ -81,14 +191,15 @@ def heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-# --------------------------------------------------------------------------------------------------------------- encoder
+# ---------------------------------------------------------------------------------------- encoder
 
 class EncoderAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size)
-                                                                for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(c.hidden_size, c.hidden_size, c.qkv_bias) for _ in range(3))
+        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x):
         q, k, v = (heads(f(x), self.n) for f in (self.q_proj, self.k_proj, self.v_proj))
@@ -100,9 +211,33 @@ class EncoderMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.act = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderSwiGLU(nn.Module):
+    """DINOv2's giant has it: two thirds as wide, rounded up to a multiple of 8."""
+
+    def __init__(self, c):
+        super().__init__()
+        width = (int(c.intermediate_size * 2 / 3) + 7) // 8 * 8
+        self.weights_in = nn.Linear(c.hidden_size, 2 * width)
+        self.weights_out = nn.Linear(width, c.hidden_size)
+
+    def forward(self, x):
+        gate, up = self.weights_in(x).chunk(2, -1)
+        return self.weights_out(F.silu(gate) * up)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(c.hidden_size))
+
+    def forward(self, x):
+        return x * self.lambda1
 
 
 class EncoderLayer(nn.Module):
@@ -110,41 +245,60 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        scale = LayerScale if FAMILIES[c.model_type].layer_scale else nn.Identity
         self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.self_attn = EncoderAttention(c)
+        self.self_attn, self.layer_scale1 = EncoderAttention(c), scale(c)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.mlp = EncoderMLP(c)
+        self.mlp = EncoderSwiGLU(c) if c.use_swiglu_ffn else EncoderMLP(c)
+        self.layer_scale2 = scale(c)
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.layer_scale1(self.self_attn(self.layer_norm1(x)))
+        return x + self.layer_scale2(self.mlp(self.layer_norm2(x)))
 
 
 class Embeddings(nn.Module):
-    """Patches and their learned positions."""
+    """(I, 3, H, W) -> (I, extra + tokens, width): class token and patches with learned positions,
+    and between them registers, which have none."""
 
     def __init__(self, c):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size)
-        self.position_embedding = nn.Embedding(c.tokens, c.hidden_size)
+        family, width = FAMILIES[c.model_type], c.hidden_size
+        self.patch_embedding = nn.Conv2d(3, width, c.patch_size, c.patch_size,
+                                         bias=family.patch_bias)
+        self.position_embedding = nn.Embedding(family.class_token + c.tokens, width)
+        self.extra = family.class_token + c.num_register_tokens
+        if family.class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(width))
+        if c.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(c.num_register_tokens, width))
 
     def forward(self, pixels):
-        return self.patch_embedding(pixels).flatten(2).mT + self.position_embedding.weight
+        x, n = self.patch_embedding(pixels).flatten(2).mT, len(pixels)
+        if self.extra:
+            x = torch.cat((self.class_embedding.expand(n, 1, -1), x), 1)
+        x = x + self.position_embedding.weight
+        if self.extra > 1:
+            x = torch.cat((x[:, :1], self.register_tokens.expand(n, -1, -1), x[:, 1:]), 1)
+        return x
 
 
 class Encoder(nn.Module):
-    """SigLIP's vision transformer. (I, 3, H, W) pixels -> (I, tokens, width) features.
+    """A vision transformer. (I, 3, H, W) pixels -> (I, tokens, width) features, one a patch.
 
-    select_layer counts as LLaVA does: -2, the paper's choice, is the output of the second-to-last layer; the last
-    layer and the final norm then neither run nor train, but are kept and saved. 0 runs everything."""
+    select_layer counts as LLaVA does: -2, the paper's choice, is the output of the second-to-last
+    layer; the last layer and the final norm then neither run nor train, but are kept and saved. 0
+    runs everything."""
 
     def __init__(self, config, select_layer=-2):
         super().__init__()
-        self.config, self.select_layer = config, select_layer
-        self.embeddings = Embeddings(config)
+        self.config, self.select_layer = c, _ = config, select_layer
+        norm = nn.LayerNorm if FAMILIES[c.model_type].pre_norm else nn.Identity
+        self.embeddings = Embeddings(c)
+        self.pre_layrnorm = norm(c.hidden_size, c.layer_norm_eps)      # CLIP's spelling
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.encoder.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def used(self):
         """The layers that run."""
@@ -152,23 +306,27 @@ class Encoder(nn.Module):
 
     def unused(self):
         """The modules that do not: nothing in them ever gets a gradient."""
-        return [*self.encoder.layers[len(self.used()):], *([self.post_layernorm] if self.select_layer else [])]
+        return [*self.encoder.layers[len(self.used()):],
+                *([self.post_layernorm] if self.select_layer else [])]
 
     def forward(self, pixels):
-        x = self.embeddings(pixels)
+        x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.used():
             x = layer(x)
-        return x if self.select_layer else self.post_layernorm(x)
+        x = x if self.select_layer else self.post_layernorm(x)
+        return x[:, self.embeddings.extra:]
 
 
 class Projector(nn.Sequential):
-    """Linear, GELU, Linear: encoder width -> LLM width. Parameters 0.*, 2.*, as in LLaVA's mm_projector."""
+    """Linear, GELU, Linear: encoder width -> LLM width. Parameters 0.*, 2.*, as in LLaVA's
+    mm_projector."""
 
     def __init__(self, width_in, width_out):
-        super().__init__(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
+        super().__init__(nn.Linear(width_in, width_out), nn.GELU(),
+                         nn.Linear(width_out, width_out))
 
 
-# ------------------------------------------------------------------------------------------------------------------- LLM
+# -------------------------------------------------------------------------------------------- LLM
 
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
@@ -177,6 +335,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def frequencies(c, device):
+    """Radians per position of each pair of channels: (head_dim / 2,) fp32. To reach beyond the
+    length of pretraining all are slowed down (linear), or those that hardly turn in it (llama3)."""
+    f = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
+    if c.rope_type == "linear":
+        f = f / c.factor
+    if c.rope_type == "llama3":
+        turns = c.original_max_position_embeddings / (2 * math.pi / f)
+        keep = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+        keep = keep.clamp(0, 1)
+        f = (1 - keep) * f / c.factor + keep * f
+    return f
 
 
 def rotate(x, cos, sin):
@@ -190,18 +362,20 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n, self.kv, d = c.num_attention_heads, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
-        self.q_proj = nn.Linear(c.hidden_size, self.n * d, c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv * d, c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv * d, c.attention_bias)
-        self.o_proj = nn.Linear(self.n * d, c.hidden_size, bias=False)
+        self.n, self.kv = c.num_attention_heads, c.num_key_value_heads
+        self.q_proj = nn.Linear(c.hidden_size, self.n * c.head_dim, c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv * c.head_dim, c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv * c.head_dim, c.attention_bias)
+        self.o_proj = nn.Linear(self.n * c.head_dim, c.hidden_size, c.output_bias)
 
     def forward(self, x, mask, cos, sin, past=None):
-        """past: a list that holds this layer's (k, v) so far and is replaced; None outside generation."""
-        q, k, v = heads(self.q_proj(x), self.n), heads(self.k_proj(x), self.kv), heads(self.v_proj(x), self.kv)
+        """past: a list that holds this layer's (k, v) so far and is replaced; None outside
+        generation."""
+        q = heads(self.q_proj(x), self.n)
+        k, v = (heads(f(x), self.kv) for f in (self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
         if past is not None:
-            k, v = (torch.cat((old, new), 2) for old, new in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
+            k, v = (torch.cat(pair, 2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
             past[:] = k, v
         if self.kv < self.n:
             k, v = (t.repeat_interleave(self.n // self.kv, 1) for t in (k, v))
@@ -249,30 +423,31 @@ class Decoder(nn.Module):
 
     def head(self):
         """(vocab, width): the output matrix, the embedding's where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(self, x, mask, position, past=None):
-        """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T) -> (B, T, width), normed.
-        past: a list with one list per layer, see Attention."""
-        c = self.config
-        half = c.hidden_size // c.num_attention_heads // 2
-        angle = position[..., None].float() * c.rope_theta ** (-torch.arange(half, device=x.device) / half)
+        """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T)
+        -> (B, T, width), normed. past: a list with one list per layer, see Attention."""
+        angle = position[..., None].float() * frequencies(self.config, x.device)
         cos, sin = (f(torch.cat((angle, angle), -1))[:, None] for f in (torch.cos, torch.sin))
         for i, layer in enumerate(self.model.layers):
             x = layer(x, mask, cos, sin, past and past[i])
         return self.model.norm(x)
 
 
-# ------------------------------------------------------------------------------------------------------------------ MLLM
+# ------------------------------------------------------------------------------------------- MLLM
 
 def token_logps(hidden, head, target):
-    """log softmax(hidden @ head.T)[target], fp32. hidden: (n, width), head: (vocab, width), target: (n,) -> (n,)"""
-    return -F.cross_entropy((hidden @ head.type_as(hidden).mT).float(), target, reduction="none")
+    """log softmax(hidden @ head.T)[target], fp32. hidden: (n, width), head: (vocab, width),
+    target: (n,) -> (n,)"""
+    logits = (hidden @ head.type_as(hidden).mT).float()
+    return -F.cross_entropy(logits, target, reduction="none")
 
 
 class MLLM(nn.Module):
-    """Vision encoder + projector + LLM; without the first two, a language model. model(batch) is all that training
-    needs."""
+    """Vision encoder + projector + LLM; without the first two, a language model. model(batch) is
+    all that training needs."""
 
     def __init__(self, encoder, projector, llm):
         super().__init__()
@@ -281,7 +456,8 @@ class MLLM(nn.Module):
     def embed(self, batch):
         """Token embeddings with image features in the image positions: (rows, length, width).
 
-        The encoder runs even when no row has an image, so that under FSDP every rank calls the same collectives."""
+        The encoder runs even when no row has an image, so that under FSDP every rank calls the
+        same collectives."""
         x = self.llm.model.embed_tokens(batch.tokens.clamp(min=0))
         if self.encoder is None:
             return x
@@ -290,12 +466,14 @@ class MLLM(nn.Module):
         if len(place) != batch.images * self.encoder.config.tokens:
             raise ValueError(f"{len(place)} image positions for {batch.images} pictures of "
                              f"{self.encoder.config.tokens} tokens")
-        return x.flatten(0, 1).index_put((place,), features[:len(place)].type_as(x)).view_as(x)
+        features = features[:len(place)].type_as(x)
+        return x.flatten(0, 1).index_put((place,), features).view_as(x)
 
     def forward(self, batch):
         """Summed log-probability of every response, log pi(y | I, q): (samples, responses), fp32.
 
-        Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes each chunk again."""
+        Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes
+        each chunk again."""
         column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         keys = batch.sample[:, None], batch.segment[:, None], column
         mask = visible(batch.sample[..., None], batch.segment[..., None], column[:, None], *keys)
@@ -303,22 +481,24 @@ class MLLM(nn.Module):
         hidden, head, logps = hidden.flatten(0, 1)[batch.source], self.llm.head(), []
         for h, target in zip(hidden.split(LOGIT_CHUNK), batch.target.split(LOGIT_CHUNK)):
             logps.append(checkpoint(token_logps, h, head, target, use_reentrant=False))
-        total, place = torch.zeros(len(batch), batch.responses, device=hidden.device), batch.response
-        return total.index_put((place // batch.responses, place % batch.responses), torch.cat(logps), accumulate=True)
+        total = torch.zeros(len(batch), batch.responses, device=hidden.device)
+        place = batch.response // batch.responses, batch.response % batch.responses
+        return total.index_put(place, torch.cat(logps), accumulate=True)
 
     @torch.no_grad()
     def generate(self, batch, end, max_new=32, temperature=0., generator=None):
-        """Continue every row's prompt until `end`, with a KV cache. Greedy at temperature 0, else sampled.
-        Returns a list of token id lists, without the end token."""
+        """Continue every row's prompt until `end`, with a KV cache. Greedy at temperature 0, else
+        sampled. Returns a list of token id lists, without the end token."""
         rows, length = batch.tokens.shape
-        row, column = torch.arange(rows, device=batch.tokens.device), torch.arange(length + max_new,
-                                                                                   device=batch.tokens.device)
-        sample = torch.cat((batch.sample, row[:, None].expand(-1, max_new)), 1)     # new tokens are the row's own
+        row = torch.arange(rows, device=batch.tokens.device)
+        column = torch.arange(length + max_new, device=batch.tokens.device)
+        # new tokens are the row's own
+        sample = torch.cat((batch.sample, row[:, None].expand(-1, max_new)), 1)
         prompt = (batch.sample >= 0).sum(1)
         mask = visible(*(t[:, None, :, None] for t in (sample, 0 * sample)), column[:, None],
                        *(t[:, None, None] for t in (sample, 0 * sample)), column)
-        past = [[] for _ in self.llm.model.layers]
-        hidden = self.llm(self.embed(batch), mask[:, :, :length, :length], batch.position, past)[row, prompt - 1]
+        past, now = [[] for _ in self.llm.model.layers], mask[:, :, :length, :length]
+        hidden = self.llm(self.embed(batch), now, batch.position, past)[row, prompt - 1]
         out, open_ = [], torch.ones_like(row, dtype=torch.bool)
         for step in range(max_new):
             logits = (hidden @ self.llm.head().type_as(hidden).mT).float()
@@ -328,21 +508,23 @@ class MLLM(nn.Module):
             out.append(torch.where(open_, token, end))
             if not open_.any() or step == max_new - 1:
                 break
-            at = length + step
-            hidden = self.llm(self.llm.model.embed_tokens(token)[:, None], mask[:, :, at:at + 1, :at + 1],
-                              (prompt + step)[:, None], past)[:, 0]
+            x, at = self.llm.model.embed_tokens(token)[:, None], length + step
+            now = mask[:, :, at:at + 1, :at + 1]
+            hidden = self.llm(x, now, (prompt + step)[:, None], past)[:, 0]
         return [[t for t in tokens if t != end] for tokens in torch.stack(out, 1).tolist()]
 
 
 class SigLIP(nn.Module):
-    """Contrastive pretraining (Zhai et al. 2023): every picture against every caption, a sigmoid each. Gives the
-    world its "original" encoder; the text tower and both heads are thrown away afterwards."""
+    """Contrastive pretraining (Zhai et al. 2023): every picture against every caption, a sigmoid
+    each. Gives the world its "original" encoder; the text tower and both heads are thrown away
+    afterwards."""
 
     def __init__(self, encoder, text):
         super().__init__()
         self.encoder, self.text = encoder, text
         self.image_head = nn.Linear(2 * encoder.config.hidden_size, text.config.hidden_size)
-        self.scale, self.bias = nn.Parameter(torch.tensor(math.log(10.))), nn.Parameter(torch.tensor(-10.))
+        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
+        self.bias = nn.Parameter(torch.tensor(-10.))
 
     def forward(self, batch):
         """(samples, samples) logits: row = picture, column = caption."""
@@ -351,16 +533,16 @@ class SigLIP(nn.Module):
         words = (batch.sample >= 0) & (batch.tokens != IMAGE)
         column = torch.arange(batch.tokens.shape[1], device=words.device)
         mask = (words[:, None] & (column[:, None] >= column))[:, None]
-        hidden = self.text(self.text.model.embed_tokens(batch.tokens.clamp(min=0)), mask, batch.position)
+        x = self.text.model.embed_tokens(batch.tokens.clamp(min=0))
+        hidden = self.text(x, mask, batch.position)
         text = (hidden * words[..., None]).sum(1) / words.sum(1, keepdim=True)
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         return image @ text.T * self.scale.exp() + self.bias
 
 
-# --------------------------------------------------------------------------------------------------- the three folders
-
 def initialise(module, seed):
-    """Fresh weights from a generator: normal, as wide as the layer wants; residual outputs and biases small."""
+    """Fresh weights from a generator: normal, as wide as the layer wants; residual outputs and
+    biases small."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(module.named_parameters()):
         if p.ndim >= 2:
@@ -371,9 +553,241 @@ def initialise(module, seed):
     return module
 
 
+# -------------------------------------------------------------------------------- reading folders
+
+TOWER = "model.vision_tower.vision_tower."      # LLaVA's own layout: a whole model in one folder
+
+
+def read_json(file):
+    """A file that holds a JSON object -> dict."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: is not a JSON object")
+    return value
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: one, or the shards that an index names."""
+    one, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    if one.exists() or not index.exists():
+        return [one]
+    shards = read_json(index).get("weight_map")
+    shards = set(map(str, shards.values())) if isinstance(shards, dict) else ()
+    if not shards or any(Path(s).name != s for s in shards):
+        raise BadInput(f'{index}: "weight_map" does not say which file beside it has a tensor')
+    return [one.with_name(s) for s in sorted(shards)]
+
+
+def open_tensors(folder):
+    """{tensor name: (file, open file)}; only the headers are read yet."""
+    tensors = {}
+    for file in weight_files(folder):
+        try:
+            f = safe_open(file, "pt")
+            tensors |= dict.fromkeys(f.keys(), (file, f))
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    return tensors
+
+
+def fill(module, folder, tensors, names):
+    """Give a module that was made on the meta device its weights, in fp32; all must be there and
+    fit. tensors: what open_tensors found; names: {our name: name there}."""
+    own, state = module.state_dict(), {}
+    for name in names.keys() - own.keys():      # a bias, a norm, a layer: not to be left out
+        if re.match(r"(encoder|model)\.layers\.(?!.*rotary_emb)", name):
+            raise BadInput(f"{folder}: has {names[name]}, unlike what its config.json describes")
+    missing = [name for name in own if name not in names]
+    if missing:
+        raise BadInput(f"{folder}: {missing[0]} is missing ({len(missing)} tensors in all)")
+    for name, like in own.items():
+        file, f = tensors[names[name]]
+        header = f.get_slice(names[name])
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        expected = (1,) * (len(shape) - like.ndim) + tuple(like.shape)
+        if shape != expected or dtype not in ("F64", "F32", "F16", "BF16"):
+            raise BadInput(f"{file}: {names[name]} is {shape}, {dtype}; expected {expected}, float")
+        state[name] = f.get_tensor(names[name]).to(torch.float32, copy=True).view(like.shape)
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def refuse(file, values, known):
+    """What we would compute wrongly. known: {field: its values that we can compute}."""
+    for name, options in known.items():
+        if values.get(name) is not None and values[name] not in list(options):
+            raise BadInput(f'{file}: "{name}" is {json.dumps(values[name])}; this needs '
+                           f'{" or ".join(map(json.dumps, options))}')
+
+
+def checked(kind, needs, *layers):
+    """A config dataclass of what JSON files say, each value of the type and sign that it must be.
+    layers: (file, its values), the later file's count."""
+    given = {k: (v, file) for file, values in layers for k, v in values.items() if v is not None}
+    for name in needs:
+        if name not in given:
+            raise BadInput(f'{layers[0][0]}: "{name}" is missing')
+
+    def number(v, least):
+        return type(v) in (int, float) and least <= v < math.inf
+
+    for f in fields(kind):
+        v, file = given.get(f.name, (f.default, None))
+        tiny = 0 if f.default in (0, None) or f.type is tuple else 1e-30    # else it is positive
+        if file and not (number(v, tiny) and (f.type is float or type(v) is int)
+                         if f.type in (int, float) else
+                         isinstance(v, (list, tuple)) and len(v) == 3 and all(
+                             number(x, tiny) for x in v) if f.type is tuple else
+                         isinstance(v, f.type)):
+            raise BadInput(f'{file}: "{f.name}" is {json.dumps(v)}, which cannot be')
+    values = {f.name: given[f.name][0] for f in fields(kind) if f.name in given and f.repr}
+    config = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    for many, few in (("hidden_size", "num_attention_heads"),
+                      ("num_attention_heads", "num_key_value_heads")):
+        if getattr(config, many) % getattr(config, few, 1) and not values.get("head_dim"):
+            raise BadInput(f'{layers[0][0]}: "{many}" is not a multiple of "{few}"')
+    return config
+
+
+def load_encoder(folder, select_layer=-2, image_size=None, config=None):
+    """A vision encoder from a Hugging Face folder; of a whole CLIP, SigLIP, LLaVA the vision part.
+
+    image_size: pixels a side, if not as in preprocessor_config.json. Where the checkpoint knows
+    another size, positions are interpolated. config: the folder with the two config files, which
+    LLaVA's layout needs. LLaVA cuts the last layer off, but select_layer goes on counting it: -2
+    are always the same features."""
+    folder, file = Path(folder), Path(config or folder) / "config.json"
+    raw, pixel_file = read_json(file), file.with_name("preprocessor_config.json")
+    pixels = read_json(pixel_file) if pixel_file.exists() else {}
+    if raw.get("model_type") in WHOLE:
+        vision = raw.get("vision_config")
+        raw = WHOLE[raw["model_type"]] | (vision if isinstance(vision, dict) else {})
+    refuse(file, raw | {"model_type": str(raw.get("model_type"))}, VISION)
+    family = FAMILIES[raw["model_type"]]
+
+    # ---- pictures: a side is a number, {"shortest_edge"}, or {"height", "width"} that are equal
+    crop = family.crop if pixels.get("do_center_crop") is None else pixels["do_center_crop"]
+    side = {}
+    for name in ("size", "crop_size"):
+        value = pixels.get(name) or raw.get("image_size")
+        value = list(value.values()) if isinstance(value, dict) else [value]
+        side[name] = value[0]
+        if value.count(value[0]) < len(value) or type(value[0]) is not int or value[0] < 1:
+            raise BadInput(f'{pixel_file}: "{name}" is {json.dumps(value)}, no side of a square')
+    size = side["crop_size" if crop else "size"]
+    shown = {k: pixels.get(k) for k in ("image_mean", "image_std", "resample")}
+    needs = [k for k in SIZES if k != "intermediate_size" or "mlp_ratio" not in family.defaults]
+    c = checked(EncoderConfig, needs, (file, family.defaults | raw),
+                (pixel_file, shown | {"shortest_edge": side["size"] if crop else 0}))
+
+    # ---- which tensors are vision, and what we call them
+    tensors = open_tensors(folder)
+    there = {k.removeprefix(TOWER): k for k in tensors if k.startswith(TOWER)}
+    tower, there = bool(there), there or {k: k for k in tensors}
+    if family.model:                            # beside the vision part there may be a text part
+        there = ({k: v for k, v in there.items() if k.startswith("vision_model.")} or
+                 {"vision_model." + k: v for k, v in there.items()})
+    ours = {}
+    for name in there:
+        new = re.sub(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", "", name)
+        for old, other in family.rename:
+            new = new.replace(old, other)
+        ours[new] = name
+    last = f"encoder.layers.{c.num_hidden_layers - 1}."
+    if tower and not any(k.startswith(last) for k in ours):
+        c.num_hidden_layers, c.dropped_layers = c.num_hidden_layers - 1, c.dropped_layers + 1
+        raw |= {"num_hidden_layers": c.num_hidden_layers, "dropped_layers": c.dropped_layers,
+                "vision_use_head": any("vision_model.head." in k for k in there)}
+    layers = c.num_hidden_layers + c.dropped_layers
+    select = select_layer + c.dropped_layers if select_layer else 0
+    if not -layers - 1 <= select_layer <= 0 or c.dropped_layers and select == 0:
+        raise BadInput(f"{folder}: select_layer {select_layer} is not one of its {layers} layers"
+                       f"{', the last of which LLaVA has cut off' * bool(c.dropped_layers)}")
+    with torch.device("meta"):
+        encoder = Encoder(c, select)
+    fill(encoder, folder, tensors, {k: there[v] for k, v in ours.items()})
+
+    # ---- another size
+    wanted, own = image_size or size, encoder.state_dict()
+    unused = {v for k, v in ours.items() if k not in own}
+    if wanted != c.image_size:
+        known, c.image_size = math.isqrt(c.tokens), wanted
+        table = encoder.embeddings.position_embedding.weight.data
+        extra, grid = table[:family.class_token], table[family.class_token:]
+        grid = F.interpolate(grid.T.reshape(1, -1, known, known), [math.isqrt(c.tokens)] * 2,
+                             mode="bicubic", antialias=family.antialias)
+        encoder.embeddings.position_embedding = nn.Embedding.from_pretrained(
+            torch.cat((extra, grid[0].flatten(1).T)), freeze=False)
+        unused -= {k for k in unused if k.endswith(("position_ids", "decoder_pos_embed"))}
+        raw = raw | {"image_size": wanted}
+    if wanted != size or not pixels:
+        c.shortest_edge = c.shortest_edge * wanted // size
+        pixels = pixels | pixel_json(c)
+    if family.model:
+        raw = raw | {"architectures": [family.model]}
+    c.source = Source({"config.json": raw, "preprocessor_config.json": pixels},
+                      {k: (v, len(tensors[there[v]][1].get_slice(there[v]).get_shape()))
+                       for k, v in ours.items() if v not in unused},
+                      {k: tensors[there[k]][1].get_tensor(there[k]) for k in unused})
+    return encoder
+
+
+def load_llm(folder):
+    """A Qwen2 or Llama model from a Hugging Face folder, or the LLM of LLaVA's own layout."""
+    folder, file = Path(folder), Path(folder) / "config.json"
+    raw = read_json(file)
+    refuse(file, raw | {"model_type": str(raw.get("model_type"))}, {"model_type": LLMS})
+    model_type, model, usual, fixed = LLMS[raw["model_type"]]
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = {"rope_type": rope.get("type", "default"), "original_max_position_embeddings":
+            raw.get("max_position_embeddings"), **rope}
+    values = {"num_key_value_heads": raw.get("num_attention_heads"), "attention_bias": False,
+              "output_bias": raw.get("attention_bias"), "tie_word_embeddings": False,
+              **usual, **raw, **rope, **fixed}
+    refuse(file, values, TEXT)
+    c = checked(LLMConfig, ["vocab_size", *list(SIZES)[:4], *ROPES[rope["rope_type"]]],
+                (file, values))
+    raw = {k: v for k, v in raw.items() if not k.startswith("mm_")}
+    c.source = Source({"config.json": raw | {"model_type": model_type, "architectures": [model]}})
+    if (folder / "generation_config.json").exists():
+        c.source.files["generation_config.json"] = read_json(folder / "generation_config.json")
+    tensors = open_tensors(folder)
+    with torch.device("meta"):
+        llm = Decoder(c)
+    return fill(llm, folder, tensors, {k: k for k in tensors})
+
+
+def read_projector(folder, projector):
+    """Weights from our own folder, or those of LLaVA's own layout."""
+    tensors = open_tensors(folder)
+    names = {k.removeprefix("model.mm_projector."): k for k in tensors}
+    return fill(projector, folder, tensors, names)
+
+
+def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None,
+               encoder_config=None):
+    """Three folders -> MLLM; in LLaVA's own layout they are one. projector None: a fresh one.
+    image_size, encoder_config: see load_encoder."""
+    encoder = load_encoder(encoder, select_layer, image_size, encoder_config)
+    llm, width = load_llm(llm), encoder.config.hidden_size
+    fresh = Projector(width, llm.config.hidden_size)
+    return MLLM(encoder, read_projector(projector, fresh) if projector else
+                initialise(fresh, seed), llm)
+
+
+# -------------------------------------------------------------------------------- writing folders
+
 def hash_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hash_weights(folder):
+    """One digest of a folder's weights, in however many files."""
+    return "-".join(map(hash_file, weight_files(folder)))
 
 
 def write_json(file, value):
@@ -383,91 +797,124 @@ def write_json(file, value):
     os.replace(temporary, file)
 
 
-def save_folder(folder, tensors, config, files=()):
-    """One checkpoint folder: model.safetensors (fp32), config.json, and copies of `files`. Whole or absent."""
-    folder = Path(folder)
+def save_folder(folder, tensors, files, copies=(), dtype=torch.float32):
+    """One checkpoint folder: tensors as dtype in files of at most MAX_SHARD bytes, JSON files, and
+    copies of others. Whole or absent."""
+    folder, shards, room = Path(folder), [], 0
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, temporary / "model.safetensors",
-              {"format": "pt"})
-    for name, value in config.items():
-        write_json(temporary / name, value)
-    for file in files:
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if size > room:
+            shards.append({})
+            room = MAX_SHARD
+        shards[-1][name], room = tensor, room - size
+    index = {}
+    for i, shard in enumerate(shards, 1):
+        one = f"model-{i:05}-of-{len(shards):05}" if len(shards) > 1 else "model"
+        index |= dict.fromkeys(shard, one + ".safetensors")
+        shard = {k: (v.to(dtype) if v.is_floating_point() else v).detach().cpu().contiguous()
+                 for k, v in shard.items()}
+        save_file(shard, temporary / (one + ".safetensors"), {"format": "pt"})
+    if len(shards) > 1:
+        size = sum(v.numel() for v in tensors.values()) * dtype.itemsize
+        files = files | {"model.safetensors.index.json": {"metadata": {"total_size": size},
+                                                          "weight_map": index}}
+    for name, value in files.items():
+        write_json(temporary / name, stamped(value, dtype) if name == "config.json" else value)
+    for file in copies:
         shutil.copy(file, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
 
-def save_model(folder, state, encoder, projector, llm, tokenizer):
-    """Write those of encoder/, projector/, llm/ that are asked for. state: the MLLM's full state dict;
-    encoder, llm: their configs or False; projector: True or False."""
-    def part(name, new=""):
-        return {new + k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
+def stamped(config, dtype):
+    """A config.json that says in which type its weights are stored."""
+    config = {k: stamped(v, dtype) if k in ("vision_config", "text_config") else v
+              for k, v in config.items() if k != "torch_dtype"}
+    return config | {"dtype": str(dtype).removeprefix("torch.")}
 
+
+def pixel_json(c):
+    """preprocessor_config.json of an encoder."""
+    square = {"height": c.image_size, "width": c.image_size}
+    return {"image_processor_type": FAMILIES[c.model_type].processor, "do_resize": True,
+            "size": {"shortest_edge": c.shortest_edge} if c.shortest_edge else square,
+            "do_center_crop": c.shortest_edge > 0, "crop_size": square, "do_convert_rgb": True,
+            "resample": c.resample, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": c.image_mean, "image_std": c.image_std}
+
+
+def encoder_folder(c, state):
+    """(tensors, JSON files) of an encoder with this state dict: named and shaped as in the folder
+    that it came from, with what else was there; a fresh one is a SigLIP."""
+    source = c.source or Source({"config.json": {
+        "model_type": c.model_type, "architectures": [FAMILIES[c.model_type].model],
+        "hidden_act": c.hidden_act, "layer_norm_eps": c.layer_norm_eps, "vision_use_head": False,
+        **{k: getattr(c, k) for k in SIZES}}, "preprocessor_config.json": pixel_json(c)},
+        {k: ("vision_model." + k, v.ndim) for k, v in state.items()})
+    named = {name: state[k][(None,) * (ndim - state[k].ndim)]
+             for k, (name, ndim) in source.names.items()}
+    return named | source.rest, source.files
+
+
+def llm_files(c):
+    """The JSON files of an LLM."""
+    if c.source:
+        return c.source.files
+    model_type, model, *_ = QWEN2 if c.attention_bias else LLAMA
+    values = {k: v for k, v in vars(c).items() if k not in ("source", "output_bias", *TEXT,
+                                                            *ROPES["llama3"])}
+    return {"config.json": {"model_type": model_type, "architectures": [model],
+                            "hidden_act": "silu", **values}}
+
+
+def save_model(folder, state, encoder, projector, llm, tokenizer, dtype=torch.float32):
+    """Write those of encoder/, projector/, llm/ that are asked for. state: the MLLM's full state
+    dict; encoder, llm: their configs or False; projector: True or False."""
+    folder, parts = Path(folder), {"encoder": {}, "projector": {}, "llm": {}}
+    for name, tensor in state.items():
+        part, name = name.split(".", 1)
+        parts.setdefault(part, {})[name] = tensor
     if encoder:
-        config = {k: v for k, v in asdict(encoder).items() if not k.startswith("image_m") and k != "image_std"}
-        pixels = {"image_processor_type": "SiglipImageProcessor", "do_resize": True, "do_rescale": True,
-                  "do_normalize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
-                  "size": {"height": encoder.image_size, "width": encoder.image_size},
-                  "image_mean": encoder.image_mean, "image_std": encoder.image_std}
-        save_folder(Path(folder) / "encoder", part("encoder", "vision_model."), {
-            "config.json": {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"],
-                            "hidden_act": "gelu_pytorch_tanh", "vision_use_head": False, **config},
-            "preprocessor_config.json": pixels})
+        save_folder(folder / "encoder", *encoder_folder(encoder, parts["encoder"]), dtype=dtype)
     if projector:
-        save_folder(Path(folder) / "projector", part("projector"), {"config.json": {"hidden_act": "gelu"}})
+        save_folder(folder / "projector", parts["projector"],
+                    {"config.json": {"hidden_act": "gelu"}}, dtype=dtype)
     if llm:
-        qwen = llm.attention_bias
-        save_folder(Path(folder) / "llm", part("llm"), {"config.json": {
-            "model_type": "qwen2" if qwen else "llama", "hidden_act": "silu", "dtype": "float32",
-            "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"], **asdict(llm)}}, [tokenizer.file])
+        copies = getattr(tokenizer, "files", None) or [tokenizer.file]
+        save_folder(folder / "llm", parts["llm"], llm_files(llm), copies, dtype)
 
 
-def read_config(folder, kind):
-    """config.json (and preprocessor_config.json) -> EncoderConfig or LLMConfig."""
-    values = {}
-    for name in ("config.json", "preprocessor_config.json") if kind is EncoderConfig else ("config.json",):
-        try:
-            values |= json.loads((Path(folder) / name).read_text())
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{Path(folder) / name}: cannot be read ({error})") from None
-    values = values.get("vision_config", {}) | values | values.get("rope_parameters", {})
-    if kind is LLMConfig:
-        values.setdefault("attention_bias", values.get("model_type") == "qwen2")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-                   if k in kind.__dataclass_fields__})
+def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<image>",
+                 dtype=torch.float32):
+    """Write the whole model as one folder that transformers' LlavaForConditionalGeneration opens.
 
-
-def read_weights(folder, module):
-    """Load model.safetensors into a module; every tensor must be there and fit."""
-    file, own = Path(folder) / "model.safetensors", module.state_dict()
-    try:
-        with safe_open(file, "pt") as f:
-            names = {k.removeprefix("vision_model."): k for k in f.keys()}
-            missing = sorted(set(own) - set(names))
-            if missing:
-                raise BadInput(f"{file}: {missing[0]} is missing ({len(missing)} tensors in all)")
-            for name, tensor in own.items():
-                value = f.get_tensor(names[name])
-                if value.shape != tensor.shape:
-                    raise BadInput(f"{file}: {name} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
-                tensor.copy_(value)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file}: cannot be read ({error})") from None
-    return module
-
-
-def load_encoder(folder, select_layer=-2):
-    return read_weights(folder, Encoder(read_config(folder, EncoderConfig), select_layer))
-
-
-def load_llm(folder):
-    return read_weights(folder, Decoder(read_config(folder, LLMConfig)))
-
-
-def load_model(encoder, projector, llm, select_layer=-2, seed=0):
-    """Three folders -> MLLM. projector None: a fresh one."""
-    encoder, llm = load_encoder(encoder, select_layer), load_llm(llm)
-    fresh = Projector(encoder.config.hidden_size, llm.config.hidden_size)
-    return MLLM(encoder, read_weights(projector, fresh) if projector else initialise(fresh, seed), llm)
+    image_token, image_token_id: what stands in a prompt for each image token; the embedding must
+    have it, and text must never use it."""
+    c, text, select = mllm.encoder.config, mllm.llm.config, mllm.encoder.select_layer
+    if not FAMILIES[c.model_type].model or not select:
+        raise BadInput("llava: wants the features of a layer of SigLIP or CLIP, before the norm")
+    if not 0 <= image_token_id < text.vocab_size:
+        raise BadInput(f"llava: image token {image_token_id} is not in the LLM's embedding of "
+                       f"{text.vocab_size}; choose an id that text never uses")
+    tensors, files = encoder_folder(c, mllm.encoder.state_dict())
+    tensors = {"vision_tower." + k: v for k, v in tensors.items()}
+    tensors |= {"language_model." + k: v for k, v in mllm.llm.state_dict().items()}
+    for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
+        for kind in ("weight", "bias"):
+            tensors[f"multi_modal_projector.{theirs}.{kind}"] = (
+                mllm.projector.state_dict()[f"{ours}.{kind}"])
+    strategy = "default" if mllm.encoder.embeddings.extra else "full"
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+              "vision_config": files["config.json"],
+              "text_config": llm_files(text)["config.json"], "projector_hidden_act": "gelu",
+              "image_token_index": image_token_id, "image_seq_length": c.tokens,
+              "vision_feature_layer": select, "vision_feature_select_strategy": strategy,
+              "tie_word_embeddings": text.tie_word_embeddings}
+    processor = {"processor_class": "LlavaProcessor", "image_token": image_token,
+                 "patch_size": c.patch_size, "vision_feature_select_strategy": strategy,
+                 "num_additional_image_tokens": mllm.encoder.embeddings.extra}
+    save_folder(folder, tensors, {**llm_files(text), **files, "config.json": config,
+                                  "processor_config.json": processor}, tokenizer_files, dtype)
