@@ -593,9 +593,13 @@ def open_tensors(folder):
     return tensors
 
 
-def fill(module, folder, tensors, names):
-    """Give a module that was made on the meta device its weights, in fp32; all must be there and
-    fit. tensors: what open_tensors found; names: {our name: name there}."""
+def filled(make, folder, tensors, names, layers=0):
+    """The module that make() makes, with a folder's weights, in fp32; all must be there and fit.
+    tensors: what open_tensors found; names: {our name: name there}."""
+    if layers > len(names):             # or making them could take all memory
+        raise BadInput(f"{folder}: the weights of most of its {layers} layers are missing")
+    with torch.device("meta"):
+        module = make()
     own, state = module.state_dict(), {}
     for name in names.keys() - own.keys():      # a bias, a norm, a layer: not to be left out
         if re.match(r"(encoder|model)\.layers\.(?!.*rotary_emb)", name):
@@ -706,9 +710,8 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
     if not -layers - 1 <= select_layer <= 0 or c.dropped_layers and select == 0:
         raise BadInput(f"{folder}: select_layer {select_layer} is not one of its {layers} layers"
                        f"{', the last of which LLaVA has cut off' * bool(c.dropped_layers)}")
-    with torch.device("meta"):
-        encoder = Encoder(c, select)
-    fill(encoder, folder, tensors, {k: there[v] for k, v in ours.items()})
+    encoder = filled(lambda: Encoder(c, select), folder, tensors,
+                     {k: there[v] for k, v in ours.items()}, c.num_hidden_layers)
 
     # ---- another size
     wanted, own = image_size or size, encoder.state_dict()
@@ -755,16 +758,8 @@ def load_llm(folder):
     if (folder / "generation_config.json").exists():
         c.source.files["generation_config.json"] = read_json(folder / "generation_config.json")
     tensors = open_tensors(folder)
-    with torch.device("meta"):
-        llm = Decoder(c)
-    return fill(llm, folder, tensors, {k: k for k in tensors})
-
-
-def read_projector(folder, projector):
-    """Weights from our own folder, or those of LLaVA's own layout."""
-    tensors = open_tensors(folder)
-    names = {k.removeprefix("model.mm_projector."): k for k in tensors}
-    return fill(projector, folder, tensors, names)
+    return filled(lambda: Decoder(c), folder, tensors, {k: k for k in tensors},
+                  c.num_hidden_layers)
 
 
 def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None,
@@ -773,9 +768,12 @@ def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None
     image_size, encoder_config: see load_encoder."""
     encoder = load_encoder(encoder, select_layer, image_size, encoder_config)
     llm, width = load_llm(llm), encoder.config.hidden_size
-    fresh = Projector(width, llm.config.hidden_size)
-    return MLLM(encoder, read_projector(projector, fresh) if projector else
-                initialise(fresh, seed), llm)
+    if projector:
+        tensors = open_tensors(projector)
+        names = {k.removeprefix("model.mm_projector."): k for k in tensors}
+        return MLLM(encoder, filled(lambda: Projector(width, llm.config.hidden_size), projector,
+                                    tensors, names), llm)
+    return MLLM(encoder, initialise(Projector(width, llm.config.hidden_size), seed), llm)
 
 
 # -------------------------------------------------------------------------------- writing folders
