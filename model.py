@@ -593,20 +593,20 @@ def open_tensors(folder):
     return tensors
 
 
-def filled(make, folder, tensors, names, layers=0):
+def filled(make, folder, tensors, names, prefix=None, layers=0):
     """The module that make() makes, with a folder's weights, in fp32; all must be there and fit.
-    tensors: what open_tensors found; names: {our name: name there}."""
-    if layers > len(names):             # or making them could take all memory
+    tensors: what open_tensors found; names: {our name: name there}; prefix: of its layers."""
+    if layers > len(names):                     # or making them could take all memory
         raise BadInput(f"{folder}: the weights of most of its {layers} layers are missing")
     with torch.device("meta"):
         module = make()
     own, state = module.state_dict(), {}
-    for name in names.keys() - own.keys():      # a bias, a norm, a layer: not to be left out
-        if re.match(r"(encoder|model)\.layers\.(?!.*rotary_emb)", name):
-            raise BadInput(f"{folder}: has {names[name]}, unlike what its config.json describes")
     missing = [name for name in own if name not in names]
     if missing:
         raise BadInput(f"{folder}: {missing[0]} is missing ({len(missing)} tensors in all)")
+    for name in names:                          # a bias, a norm, a layer: not to be left out
+        if prefix and name.startswith(prefix) and name not in own and "rotary_emb" not in name:
+            raise BadInput(f"{folder}: has {names[name]}, unlike what its config.json describes")
     for name, like in own.items():
         file, f = tensors[names[name]]
         header = f.get_slice(names[name])
@@ -620,39 +620,42 @@ def filled(make, folder, tensors, names, layers=0):
 
 
 def refuse(file, values, known):
-    """What we would compute wrongly. known: {field: its values that we can compute}."""
+    """Settings that we would compute wrongly. known: {field: its values that we can compute}."""
     for name, options in known.items():
         if values.get(name) is not None and values[name] not in list(options):
             raise BadInput(f'{file}: "{name}" is {json.dumps(values[name])}; this needs '
-                           f'{" or ".join(map(json.dumps, options))}')
+                           f'{" or ".join(map(json.dumps, options)) or "none"}')
 
 
 def checked(kind, needs, *layers):
     """A config dataclass of what JSON files say, each value of the type and sign that it must be.
     layers: (file, its values), the later file's count."""
     given = {k: (v, file) for file, values in layers for k, v in values.items() if v is not None}
+
+    def fits(v, kind, zero):
+        if kind is tuple:
+            return isinstance(v, (list, tuple)) and len(v) == 3 and all(
+                fits(x, float, zero) for x in v)
+        if kind in (int, float):
+            return type(v) in (int, kind) and (0 < v < math.inf or zero and v == 0)
+        return isinstance(v, kind)
+
     for name in needs:
         if name not in given:
             raise BadInput(f'{layers[0][0]}: "{name}" is missing')
-
-    def number(v, least):
-        return type(v) in (int, float) and least <= v < math.inf
-
+    values = {}
     for f in fields(kind):
-        v, file = given.get(f.name, (f.default, None))
-        tiny = 0 if f.default in (0, None) or f.type is tuple else 1e-30    # else it is positive
-        if file and not (number(v, tiny) and (f.type is float or type(v) is int)
-                         if f.type in (int, float) else
-                         isinstance(v, (list, tuple)) and len(v) == 3 and all(
-                             number(x, tiny) for x in v) if f.type is tuple else
-                         isinstance(v, f.type)):
-            raise BadInput(f'{file}: "{f.name}" is {json.dumps(v)}, which cannot be')
-    values = {f.name: given[f.name][0] for f in fields(kind) if f.name in given and f.repr}
-    config = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    for many, few in (("hidden_size", "num_attention_heads"),
-                      ("num_attention_heads", "num_key_value_heads")):
-        if getattr(config, many) % getattr(config, few, 1) and not values.get("head_dim"):
-            raise BadInput(f'{layers[0][0]}: "{many}" is not a multiple of "{few}"')
+        if f.name in given and f.repr:
+            v, file = given[f.name]
+            if not fits(v, f.type, f.default in (0, None) or f.name == "image_mean"):
+                raise BadInput(f'{file}: "{f.name}" is {json.dumps(v)}, which cannot be')
+            values[f.name] = tuple(v) if f.type is tuple else v
+    config = kind(**values)
+    pairs = [("num_attention_heads", "num_key_value_heads")]
+    for many, few in pairs if values.get("head_dim") else [("hidden_size", pairs[0][0]), *pairs]:
+        a, b = getattr(config, many), getattr(config, few, 1)
+        if a % b:
+            raise BadInput(f'{layers[0][0]}: "{few}" {b} does not divide "{many}" {a}')
     return config
 
 
@@ -666,26 +669,31 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
     folder, file = Path(folder), Path(config or folder) / "config.json"
     raw, pixel_file = read_json(file), file.with_name("preprocessor_config.json")
     pixels = read_json(pixel_file) if pixel_file.exists() else {}
-    if raw.get("model_type") in WHOLE:
-        vision = raw.get("vision_config")
-        raw = WHOLE[raw["model_type"]] | (vision if isinstance(vision, dict) else {})
+    whole = WHOLE.get(str(raw.get("model_type")))
+    if whole:
+        if not isinstance(raw.get("vision_config"), dict):
+            raise BadInput(f'{file}: "vision_config" is missing')
+        raw = whole | raw["vision_config"]
     refuse(file, raw | {"model_type": str(raw.get("model_type"))}, VISION)
     family = FAMILIES[raw["model_type"]]
-
-    # ---- pictures: a side is a number, {"shortest_edge"}, or {"height", "width"} that are equal
-    crop = family.crop if pixels.get("do_center_crop") is None else pixels["do_center_crop"]
-    side = {}
-    for name in ("size", "crop_size"):
-        value = pixels.get(name) or raw.get("image_size")
-        value = list(value.values()) if isinstance(value, dict) else [value]
-        side[name] = value[0]
-        if value.count(value[0]) < len(value) or type(value[0]) is not int or value[0] < 1:
-            raise BadInput(f'{pixel_file}: "{name}" is {json.dumps(value)}, no side of a square')
-    size = side["crop_size" if crop else "size"]
     shown = {k: pixels.get(k) for k in ("image_mean", "image_std", "resample")}
     needs = [k for k in SIZES if k != "intermediate_size" or "mlp_ratio" not in family.defaults]
     c = checked(EncoderConfig, needs, (file, family.defaults | raw),
-                (pixel_file, shown | {"shortest_edge": side["size"] if crop else 0}))
+                (pixel_file, shown))
+
+    if not c.tokens:
+        raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than "image_size"')
+
+    # ---- how large pictures are: a number, {"shortest_edge"}, or equal {"height", "width"}
+    crop, side = pixels.get("do_center_crop"), {}
+    for name in ("size", "crop_size"):
+        value = pixels.get(name) or c.image_size
+        sides = list(value.values()) if isinstance(value, dict) else [value]
+        if any(type(v) is not int or not 0 < v == sides[0] for v in sides):
+            raise BadInput(f'{pixel_file}: "{name}" is {json.dumps(value)}, not that of a square')
+        side[name] = sides[0]
+    crop = family.crop if crop is None else crop
+    size, c.shortest_edge = (side["crop_size"], side["size"]) if crop else (side["size"], 0)
 
     # ---- which tensors are vision, and what we call them
     tensors = open_tensors(folder)
@@ -711,31 +719,36 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
         raise BadInput(f"{folder}: select_layer {select_layer} is not one of its {layers} layers"
                        f"{', the last of which LLaVA has cut off' * bool(c.dropped_layers)}")
     encoder = filled(lambda: Encoder(c, select), folder, tensors,
-                     {k: there[v] for k, v in ours.items()}, c.num_hidden_layers)
+                     {k: there[v] for k, v in ours.items()}, "encoder.layers.",
+                     c.num_hidden_layers)
 
-    # ---- another size
-    wanted, own = image_size or size, encoder.state_dict()
-    unused = {v for k, v in ours.items() if k not in own}
+    # ---- another size, and what to write back
+    names = {k: (v, len(tensors[there[v]][1].get_slice(there[v]).get_shape()))
+             for k, v in ours.items() if k in encoder.state_dict()}
+    rest = {v: tensors[there[v]][1].get_tensor(there[v]) for k, v in ours.items() if k not in names}
+    wanted = image_size or size
     if wanted != c.image_size:
-        known, c.image_size = math.isqrt(c.tokens), wanted
+        c.image_size, raw, side = wanted, raw | {"image_size": wanted}, wanted // c.patch_size
         table = encoder.embeddings.position_embedding.weight.data
-        extra, grid = table[:family.class_token], table[family.class_token:]
-        grid = F.interpolate(grid.T.reshape(1, -1, known, known), [math.isqrt(c.tokens)] * 2,
-                             mode="bicubic", antialias=family.antialias)
-        encoder.embeddings.position_embedding = nn.Embedding.from_pretrained(
-            torch.cat((extra, grid[0].flatten(1).T)), freeze=False)
-        unused -= {k for k in unused if k.endswith(("position_ids", "decoder_pos_embed"))}
-        raw = raw | {"image_size": wanted}
+        table = interpolated(table, family.class_token, side, family.antialias)
+        encoder.embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+        rest = {k: interpolated(v[0], 1, side)[None] if k.endswith("decoder_pos_embed") else v
+                for k, v in rest.items() if not k.endswith("position_ids")}
     if wanted != size or not pixels:
         c.shortest_edge = c.shortest_edge * wanted // size
         pixels = pixels | pixel_json(c)
     if family.model:
         raw = raw | {"architectures": [family.model]}
-    c.source = Source({"config.json": raw, "preprocessor_config.json": pixels},
-                      {k: (v, len(tensors[there[v]][1].get_slice(there[v]).get_shape()))
-                       for k, v in ours.items() if v not in unused},
-                      {k: tensors[there[k]][1].get_tensor(there[k]) for k in unused})
+    c.source = Source({"config.json": raw, "preprocessor_config.json": pixels}, names, rest)
     return encoder
+
+
+def interpolated(table, extra, side, antialias=False):
+    """Positions (extra + n * n, width), the extra ones of no place -> (extra + side * side, width)."""
+    n = math.isqrt(len(table) - extra)
+    grid = table[extra:].float().T.reshape(1, -1, n, n)
+    grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=antialias)
+    return torch.cat((table[:extra], grid[0].flatten(1).T))
 
 
 def load_llm(folder):
@@ -745,6 +758,8 @@ def load_llm(folder):
     refuse(file, raw | {"model_type": str(raw.get("model_type"))}, {"model_type": LLMS})
     model_type, model, usual, fixed = LLMS[raw["model_type"]]
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise BadInput(f'{file}: "rope_scaling" or "rope_parameters" is {json.dumps(rope)}')
     rope = {"rope_type": rope.get("type", "default"), "original_max_position_embeddings":
             raw.get("max_position_embeddings"), **rope}
     values = {"num_key_value_heads": raw.get("num_attention_heads"), "attention_bias": False,
@@ -758,7 +773,7 @@ def load_llm(folder):
     if (folder / "generation_config.json").exists():
         c.source.files["generation_config.json"] = read_json(folder / "generation_config.json")
     tensors = open_tensors(folder)
-    return filled(lambda: Decoder(c), folder, tensors, {k: k for k in tensors},
+    return filled(lambda: Decoder(c), folder, tensors, {k: k for k in tensors}, "model.layers.",
                   c.num_hidden_layers)
 
 

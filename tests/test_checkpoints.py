@@ -150,8 +150,7 @@ def test_round_trip(family, size, tmp_path, tokenizer):
     m.save_model(tmp_path, state, encoder.config, False, False, tokenizer)
 
     kind = SAVED_AS.get(family, type(ENCODERS[family]()))
-    if not (size and kind is t.ViTMAEForPreTraining):       # its decoder's positions have a size
-        close(encoder(x).detach(), theirs(opened(kind, tmp_path / "encoder"), x, -2))
+    close(encoder(x).detach(), theirs(opened(kind, tmp_path / "encoder"), x, -2))
     back = m.load_encoder(tmp_path / "encoder", -2)
     assert back.config == encoder.config and torch.equal(back(x), encoder(x))
 
@@ -333,8 +332,8 @@ def test_old_spellings_of_rope(tmp_path):
     ("llama", {"num_hidden_layers": 1}, "has model.layers.1."),
     ("llama", {"num_hidden_layers": 2.0}, '"num_hidden_layers" is 2.0'),
     ("llama", {"num_attention_heads": 0}, '"num_attention_heads" is 0'),
-    ("llama", {"num_attention_heads": 5, "head_dim": None}, "multiple"),
-    ("llama", {"num_key_value_heads": 3}, "multiple|expected"),
+    ("llama", {"num_attention_heads": 5, "head_dim": None}, "does not divide"),
+    ("llama", {"num_key_value_heads": 3}, "does not divide"),
     ("llama", {"rms_norm_eps": True}, '"rms_norm_eps" is true'),
     ("llama", {"tie_word_embeddings": "yes"}, '"tie_word_embeddings" is "yes"'),
     ("llama", {"rope_parameters": {"rope_theta": -5}}, '"rope_theta" is -5'),
@@ -362,7 +361,7 @@ def test_what_would_be_computed_wrongly_is_refused(family, change, message, tmp_
     ({"patch_size": 64}, '"patch_size"'),
     ({"layer_norm_eps": "small"}, '"layer_norm_eps" is "small"'),
     ({"layer_norm_eps": float("nan")}, '"layer_norm_eps"'),
-    ({"num_attention_heads": 3}, "multiple"),
+    ({"num_attention_heads": 3}, "does not divide"),
     ({"num_hidden_layers": 10 ** 9}, "missing"),
     ({"num_hidden_layers": 2}, "has vision_model.encoder.layers.2|has encoder.layers.2"),
     ({"intermediate_size": 41}, "expected"),
