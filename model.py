@@ -145,12 +145,13 @@ WHOLE = {"siglip": {"model_type": "siglip_vision_model", **SIZES},      # sizes 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
-# model_type: what it is without a vision part, its class, what its config.json leaves unsaid, and
-# what it says but does not mean
+# model_type in config.json: that of the LLM alone, its class, what config.json means where it says
+# nothing, and what it means whatever it says
 QWEN2 = "qwen2", "Qwen2ForCausalLM", {}, {"attention_bias": True, "output_bias": False,
                                           "sliding_window": None}
 LLAMA = "llama", "LlamaForCausalLM", {}, {"sliding_window": None}
-MISTRAL = "mistral", "MistralForCausalLM", {"sliding_window": 4096}, {"attention_bias": False}
+MISTRAL = "mistral", "MistralForCausalLM", {"sliding_window": 4096}, {
+    "attention_bias": False, "output_bias": False}
 LLMS = {"qwen2": QWEN2, "llava_qwen": QWEN2, "llama": LLAMA, "llava_llama": LLAMA,
         "mistral": MISTRAL, "llava_mistral": MISTRAL}
 ROPES = {"default": (), "linear": ("factor",), "llama3": (
@@ -292,7 +293,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config, select_layer=-2):
         super().__init__()
-        self.config, self.select_layer = c, _ = config, select_layer
+        self.config = c = config
+        self.select_layer = select_layer
         norm = nn.LayerNorm if FAMILIES[c.model_type].pre_norm else nn.Identity
         self.embeddings = Embeddings(c)
         self.pre_layrnorm = norm(c.hidden_size, c.layer_norm_eps)      # CLIP's spelling
@@ -582,12 +584,12 @@ def weight_files(folder):
 
 
 def open_tensors(folder):
-    """{tensor name: (file, open file)}; only the headers are read yet."""
+    """{tensor name: (file, its name, open file)}; only the headers are read yet."""
     tensors = {}
     for file in weight_files(folder):
         try:
             f = safe_open(file, "pt")
-            tensors |= dict.fromkeys(f.keys(), (file, f))
+            tensors |= {name: (file, name, f) for name in f.keys()}
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     return tensors
@@ -595,7 +597,7 @@ def open_tensors(folder):
 
 def filled(make, folder, tensors, names, prefix=None, layers=0):
     """The module that make() makes, with a folder's weights, in fp32; all must be there and fit.
-    tensors: what open_tensors found; names: {our name: name there}; prefix: of its layers."""
+    tensors: as open_tensors finds them; names: {our name: name there}; prefix: of its layers."""
     if layers > len(names):                     # or making them could take all memory
         raise BadInput(f"{folder}: the weights of most of its {layers} layers are missing")
     with torch.device("meta"):
@@ -608,13 +610,13 @@ def filled(make, folder, tensors, names, prefix=None, layers=0):
         if prefix and name.startswith(prefix) and name not in own and "rotary_emb" not in name:
             raise BadInput(f"{folder}: has {names[name]}, unlike what its config.json describes")
     for name, like in own.items():
-        file, f = tensors[names[name]]
-        header = f.get_slice(names[name])
+        file, key, f = tensors[names[name]]
+        header = f.get_slice(key)
         shape, dtype = tuple(header.get_shape()), header.get_dtype()
         expected = (1,) * (len(shape) - like.ndim) + tuple(like.shape)
         if shape != expected or dtype not in ("F64", "F32", "F16", "BF16"):
-            raise BadInput(f"{file}: {names[name]} is {shape}, {dtype}; expected {expected}, float")
-        state[name] = f.get_tensor(names[name]).to(torch.float32, copy=True).view(like.shape)
+            raise BadInput(f"{file}: {key} is {shape}, {dtype}; expected {expected}, float")
+        state[name] = f.get_tensor(key).to(torch.float32, copy=True).view(like.shape)
     module.load_state_dict(state, assign=True)
     return module
 
@@ -659,14 +661,9 @@ def checked(kind, needs, *layers):
     return config
 
 
-def load_encoder(folder, select_layer=-2, image_size=None, config=None):
-    """A vision encoder from a Hugging Face folder; of a whole CLIP, SigLIP, LLaVA the vision part.
-
-    image_size: pixels a side, if not as in preprocessor_config.json. Where the checkpoint knows
-    another size, positions are interpolated. config: the folder with the two config files, which
-    LLaVA's layout needs. LLaVA cuts the last layer off, but select_layer goes on counting it: -2
-    are always the same features."""
-    folder, file = Path(folder), Path(config or folder) / "config.json"
+def read_encoder_config(file):
+    """config.json, with the preprocessor_config.json beside it -> (EncoderConfig at the size of the
+    checkpoint's positions, pixels a side that pictures are resized to)."""
     raw, pixel_file = read_json(file), file.with_name("preprocessor_config.json")
     pixels = read_json(pixel_file) if pixel_file.exists() else {}
     whole = WHOLE.get(str(raw.get("model_type")))
@@ -676,75 +673,90 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
         raw = whole | raw["vision_config"]
     refuse(file, raw | {"model_type": str(raw.get("model_type"))}, VISION)
     family = FAMILIES[raw["model_type"]]
-    shown = {k: pixels.get(k) for k in ("image_mean", "image_std", "resample")}
     needs = [k for k in SIZES if k != "intermediate_size" or "mlp_ratio" not in family.defaults]
-    c = checked(EncoderConfig, needs, (file, family.defaults | raw),
-                (pixel_file, shown))
+    shown = {k: pixels.get(k) for k in ("image_mean", "image_std", "resample")}
+    c = checked(EncoderConfig, needs, (file, family.defaults | raw), (pixel_file, shown))
 
-    if not c.tokens:
-        raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than "image_size"')
-
-    # ---- how large pictures are: a number, {"shortest_edge"}, or equal {"height", "width"}
-    crop, side = pixels.get("do_center_crop"), {}
+    side = {}                   # a number, {"shortest_edge"}, or {"height", "width"} that are equal
     for name in ("size", "crop_size"):
         value = pixels.get(name) or c.image_size
         sides = list(value.values()) if isinstance(value, dict) else [value]
         if any(type(v) is not int or not 0 < v == sides[0] for v in sides):
             raise BadInput(f'{pixel_file}: "{name}" is {json.dumps(value)}, not that of a square')
         side[name] = sides[0]
+    crop = pixels.get("do_center_crop")
     crop = family.crop if crop is None else crop
-    size, c.shortest_edge = (side["crop_size"], side["size"]) if crop else (side["size"], 0)
+    c.shortest_edge = side["size"] if crop else 0
+    raw |= {"architectures": [family.model]} if family.model else {}
+    c.source = Source({"config.json": raw, "preprocessor_config.json": pixels})
+    return c, side["crop_size" if crop else "size"]
+
+
+def load_encoder(folder, select_layer=-2, image_size=None, config=None):
+    """A vision encoder from a Hugging Face folder; of a whole CLIP, SigLIP, LLaVA the vision part.
+
+    image_size: pixels a side, if not as in preprocessor_config.json. Where the checkpoint knows
+    another size, positions are interpolated. config: the folder with the two config files, which
+    LLaVA's layout needs. LLaVA cuts the last layer off, but select_layer goes on counting it: -2
+    are always the same features."""
+    file = Path(config or folder) / "config.json"
+    c, size = read_encoder_config(file)
+    family, files, wanted = FAMILIES[c.model_type], c.source.files, image_size or size
+    if min(wanted, c.image_size) < c.patch_size:
+        raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than the image size')
 
     # ---- which tensors are vision, and what we call them
     tensors = open_tensors(folder)
-    there = {k.removeprefix(TOWER): k for k in tensors if k.startswith(TOWER)}
-    tower, there = bool(there), there or {k: k for k in tensors}
+    there = {k.removeprefix(TOWER): v for k, v in tensors.items() if k.startswith(TOWER)}
+    tower, there = bool(there), there or tensors
     if family.model:                            # beside the vision part there may be a text part
         there = ({k: v for k, v in there.items() if k.startswith("vision_model.")} or
                  {"vision_model." + k: v for k, v in there.items()})
-    ours = {}
+    names = {}
     for name in there:
-        new = re.sub(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", "", name)
-        for old, other in family.rename:
-            new = new.replace(old, other)
-        ours[new] = name
+        ours = re.sub(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", "", name)
+        for old, new in family.rename:
+            ours = ours.replace(old, new)
+        names[ours] = name
+
+    # ---- LLaVA's lost layer
     last = f"encoder.layers.{c.num_hidden_layers - 1}."
-    if tower and not any(k.startswith(last) for k in ours):
+    if tower and not any(k.startswith(last) for k in names):
         c.num_hidden_layers, c.dropped_layers = c.num_hidden_layers - 1, c.dropped_layers + 1
-        raw |= {"num_hidden_layers": c.num_hidden_layers, "dropped_layers": c.dropped_layers,
-                "vision_use_head": any("vision_model.head." in k for k in there)}
+        files["config.json"] |= {
+            "num_hidden_layers": c.num_hidden_layers, "dropped_layers": c.dropped_layers,
+            "vision_use_head": any(k.startswith("head.") for k in names)}
     layers = c.num_hidden_layers + c.dropped_layers
     select = select_layer + c.dropped_layers if select_layer else 0
-    if not -layers - 1 <= select_layer <= 0 or c.dropped_layers and select == 0:
+    if not -layers - 1 <= select_layer <= 0 or c.dropped_layers and select >= 0:
         raise BadInput(f"{folder}: select_layer {select_layer} is not one of its {layers} layers"
                        f"{', the last of which LLaVA has cut off' * bool(c.dropped_layers)}")
-    encoder = filled(lambda: Encoder(c, select), folder, tensors,
-                     {k: there[v] for k, v in ours.items()}, "encoder.layers.",
+    encoder = filled(lambda: Encoder(c, select), folder, there, names, "encoder.layers.",
                      c.num_hidden_layers)
+    own = encoder.state_dict()
+    for ours, name in names.items():            # remembered for saving
+        _, key, f = there[name]
+        if ours in own:
+            c.source.names[ours] = name, len(f.get_slice(key).get_shape())
+        else:
+            c.source.rest[name] = f.get_tensor(key).clone()
 
-    # ---- another size, and what to write back
-    names = {k: (v, len(tensors[there[v]][1].get_slice(there[v]).get_shape()))
-             for k, v in ours.items() if k in encoder.state_dict()}
-    rest = {v: tensors[there[v]][1].get_tensor(there[v]) for k, v in ours.items() if k not in names}
-    wanted = image_size or size
+    # ---- another size
     if wanted != c.image_size:
-        c.image_size, raw, side = wanted, raw | {"image_size": wanted}, wanted // c.patch_size
-        table = encoder.embeddings.position_embedding.weight.data
+        c.image_size = files["config.json"]["image_size"] = wanted
+        side, table = wanted // c.patch_size, encoder.embeddings.position_embedding.weight.data
         table = interpolated(table, family.class_token, side, family.antialias)
         encoder.embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        rest = {k: interpolated(v[0], 1, side)[None] if k.endswith("decoder_pos_embed") else v
-                for k, v in rest.items() if not k.endswith("position_ids")}
-    if wanted != size or not pixels:
+        c.source.rest = {k: interpolated(v[0], 1, side)[None] if k.endswith("decoder_pos_embed")
+                         else v for k, v in c.source.rest.items() if "position_ids" not in k}
+    if wanted != size or not files["preprocessor_config.json"]:
         c.shortest_edge = c.shortest_edge * wanted // size
-        pixels = pixels | pixel_json(c)
-    if family.model:
-        raw = raw | {"architectures": [family.model]}
-    c.source = Source({"config.json": raw, "preprocessor_config.json": pixels}, names, rest)
+        files["preprocessor_config.json"] |= pixel_json(c)
     return encoder
 
 
 def interpolated(table, extra, side, antialias=False):
-    """Positions (extra + n * n, width), the extra ones of no place -> (extra + side * side, width)."""
+    """Positions of `extra` tokens and n * n patches, (extra + n * n, width), for side * side."""
     n = math.isqrt(len(table) - extra)
     grid = table[extra:].float().T.reshape(1, -1, n, n)
     grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=antialias)
@@ -786,9 +798,10 @@ def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None
     if projector:
         tensors = open_tensors(projector)
         names = {k.removeprefix("model.mm_projector."): k for k in tensors}
-        return MLLM(encoder, filled(lambda: Projector(width, llm.config.hidden_size), projector,
-                                    tensors, names), llm)
-    return MLLM(encoder, initialise(Projector(width, llm.config.hidden_size), seed), llm)
+        made = filled(lambda: Projector(width, llm.config.hidden_size), projector, tensors, names)
+    else:
+        made = initialise(Projector(width, llm.config.hidden_size), seed)
+    return MLLM(encoder, made, llm)
 
 
 # -------------------------------------------------------------------------------- writing folders
@@ -904,8 +917,8 @@ def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<im
                  dtype=torch.float32):
     """Write the whole model as one folder that transformers' LlavaForConditionalGeneration opens.
 
-    image_token, image_token_id: what stands in a prompt for each image token; the embedding must
-    have it, and text must never use it."""
+    image_token, image_token_id: what stands for a patch in its prompts: a token that the embedding
+    has and text never uses. tokenizer_files: copied beside the weights."""
     c, text, select = mllm.encoder.config, mllm.llm.config, mllm.encoder.select_layer
     if not FAMILIES[c.model_type].model or not select:
         raise BadInput("llava: wants the features of a layer of SigLIP or CLIP, before the norm")
@@ -915,10 +928,9 @@ def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<im
     tensors, files = encoder_folder(c, mllm.encoder.state_dict())
     tensors = {"vision_tower." + k: v for k, v in tensors.items()}
     tensors |= {"language_model." + k: v for k, v in mllm.llm.state_dict().items()}
-    for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
-        for kind in ("weight", "bias"):
-            tensors[f"multi_modal_projector.{theirs}.{kind}"] = (
-                mllm.projector.state_dict()[f"{ours}.{kind}"])
+    for name, tensor in mllm.projector.state_dict().items():
+        name = name.replace("0.", "linear_1.").replace("2.", "linear_2.")
+        tensors["multi_modal_projector." + name] = tensor
     strategy = "default" if mllm.encoder.embeddings.extra else "full"
     config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
               "vision_config": files["config.json"],

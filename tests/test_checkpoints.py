@@ -180,7 +180,7 @@ def test_names_and_shards_of_the_hub(family, tmp_path):
     """Hub checkpoints have a prefix, and old CLIPs a table of position_ids; large ones shards."""
     model = write(ENCODERS[family](), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    tensors = {"vision_model." + k: v for k, v in load_file(tmp_path / "a/model.safetensors").items()}
+    tensors = {"vision_model." + k: v for k, v in stored(tmp_path / "a").items()}
     tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(tensors, tmp_path / "b/model.safetensors", {"format": "pt"})
     model.save_pretrained(tmp_path / "c", max_shard_size="20KB")
@@ -442,6 +442,12 @@ def test_a_damaged_encoder_folder(damage, message, tmp_path):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_pictures_smaller_than_a_patch(tmp_path):
+    write(ENCODERS["siglip"](), tmp_path)
+    with pytest.raises(BadInput, match="patch_size"):
+        m.load_encoder(tmp_path, image_size=7)
+
+
 @pytest.mark.parametrize("layer", [1, -5, -99])
 def test_a_layer_that_is_not_there(layer, tmp_path):
     write(ENCODERS["siglip"](), tmp_path)
@@ -512,11 +518,11 @@ def test_llava_export(family, words, tmp_path, tokenizer):
     for layer, size in ((-2, None), (-3, 40)):
         net = m.load_model(tmp_path / "encoder", None, tmp_path / "llm", layer, image_size=size)
         m.export_llava(tmp_path / "llava", net, [tokenizer.file], 95)
-        llava, n = opened(t.LlavaForConditionalGeneration, tmp_path / "llava"), 16 if not size else 25
+        llava = opened(t.LlavaForConditionalGeneration, tmp_path / "llava")
+        n = net.encoder.config.tokens
         x = pictures(2, size or 32)
         tokens = torch.randint(0, 95, (2, 12 + n), generator=torch.Generator().manual_seed(3))
         tokens[:, 4:4 + n] = 95
-        # transformers asks for interpolation where the size is not the config's: it is here
         got = llava(input_ids=tokens, pixel_values=x).logits
         embedded = net.llm.model.embed_tokens(tokens)
         embedded[:, 4:4 + n] = net.projector(net.encoder(x))
