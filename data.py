@@ -1,8 +1,9 @@
 """What goes in: the embedded world, readers of real data, tokenizer, chat template, batches.
 
-A sample is a picture, a conversation and, for preferences, a second answer to its last question. It becomes one row
-of tokens in which every token has a `segment`: 0 = prompt, 1 = chosen response, 2 = rejected response (model.visible
-says who sees whom). The prompt, with its several hundred image tokens, stands there once, not once per response.
+A sample is a picture, a conversation and, for preferences, a second answer to its last question. It
+becomes one row of tokens in which every token has a `segment`: 0 = prompt, 1 = chosen response,
+2 = rejected response (model.visible says who sees whom). The prompt, with its several hundred image
+tokens, stands there once, not once per response.
 """
 import functools
 import hashlib
@@ -12,13 +13,14 @@ import math
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageChops, ImageDraw
+from torch.nn.utils.rnn import pad_sequence
 
 CHOSEN, REJECTED = 0, 1     # columns of logps: (samples, responses)
 IMAGE = -1                  # token id of an image position: no text can spell it
@@ -30,34 +32,36 @@ class BadInput(Exception):
 
 @dataclass
 class Sample:
-    """One example. `turns` are (question, answer) pairs; `rejected` is another answer to the last question."""
+    """One example: `turns` are (question, answer); `rejected` also answers the last question."""
     id: str
     image: Image.Image | Path | None
     turns: list
     rejected: str | None = None
     kind: str = ""                      # question type, for tables
     category: str = ""                  # general | knowledge | ocr | vision
-    region: np.ndarray | None = None    # (H, W) bool: what the question, or the differing detail, is about
-    separate: bool = False              # the turns are conversations of their own, and none sees another
+    region: np.ndarray | None = None    # (H, W) bool: what the question is about
+    separate: bool = False              # the turns are conversations of their own
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
-# a template: before the question, between question and answer, after the answer (its first token ends the turn)
+# before the question, between question and answer, after the answer (its first token ends the turn)
 TEMPLATES = {"plain": ("", "", "<|im_end|>"),
-             "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")}
+             "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
+                        "<|im_end|>\n")}
 
 
 class Tokenizer:
-    """A sentencepiece model. Special tokens are control symbols: `encode` never makes them from text."""
+    """A sentencepiece model. Special tokens are control symbols: text never makes them."""
 
     def __init__(self, folder):
         self.file = Path(folder) / "tokenizer.model"
         if not self.file.exists():
-            raise BadInput(f"{self.file}: not found; an LLM folder needs its tokenizer beside the weights")
+            raise BadInput(f"{self.file}: not found; an LLM folder needs its tokenizer")
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-        self.special = {self.sp.id_to_piece(i): i for i in range(len(self)) if self.sp.is_control(i)}
+        self.special = {self.sp.id_to_piece(i): i for i in range(len(self))
+                        if self.sp.is_control(i)}
         self.end = self.special["<|im_end|>"]
 
     def __len__(self):
@@ -71,28 +75,28 @@ class Tokenizer:
 
     def template(self, text):
         """Token ids of a piece of a template, the only text in which special tokens count."""
-        parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
-        return [i for part in parts if part
-                for i in ([self.special[part]] if part in self.special else self.sp.encode(part))]
+        return [i for part in re.split(r"(<\|\w+\|>)", text)
+                for i in ([self.special[part]] if part in self.special else self.encode(part))]
 
     @staticmethod
     def train(lines, folder, size):
-        """Train on `lines`; deterministic. Byte fallback: whatever the lines never had is spelled in bytes."""
+        """Train on `lines`; deterministic. What the lines never had is spelled in bytes."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
-            control_symbols=SPECIAL, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            character_coverage=1.0, num_threads=1, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="bpe",
+            byte_fallback=True, control_symbols=SPECIAL, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
+            bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "tokenizer.model").write_bytes(model.getvalue())
         return Tokenizer(folder)
 
 
-# ------------------------------------------------------------------------------------------------------ rows and batches
+# --------------------------------------------------------------------------------- rows and batches
 
 @dataclass
 class Row:
-    """One sample as tokens. Positions of every segment but the prompt start again where the prompt ends."""
+    """One sample as tokens. Positions of a response start where the prompt ends."""
     tokens: list
     segment: list
     target: list        # bool: does this token count in the loss?
@@ -101,99 +105,99 @@ class Row:
 
 
 def encode(sample, tokenizer, template, image_tokens, max_length):
-    """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end-of-turn target);
-    a prompt that leaves no room for a response is an error. Without an answer (None) only the prompt is built."""
+    """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
+    turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
     before, between, after = (tokenizer.template(part) for part in TEMPLATES[template])
     image = [IMAGE] * image_tokens if sample.image is not None else []
 
     def ask(question, image):
         parts = question.split("<image>") if image else [question]
         if len(parts) > 2:
-            raise BadInput(f"sample {sample.id}: more than one <image> for one picture; leave the sample out")
+            raise BadInput(f"sample {sample.id}: more than one <image>; leave it out")
         if len(parts) < 2:
-            parts = ["", question]                                      # no placeholder: the image goes first
+            parts = ["", question]                          # no placeholder: the image goes first
         head, tail = (tokenizer.encode(p.strip()) if p.strip() else [] for p in parts)
         return before + head + image + tail + between
 
     def say(answer):
         return tokenizer.encode(answer) + after[:1] if answer is not None else []
 
-    pieces = [(image, 0, False)] if sample.separate else []             # (ids, segment, target)
+    pieces = [(image, 0, False)] if sample.separate else []     # (ids, segment, target)
     for number, (question, answer) in enumerate(sample.turns):
         if sample.separate:
             pieces += [(ask(question, []), number + 1, False), (say(answer), number + 1, True)]
             continue
-        context = sample.rejected is not None and number < len(sample.turns) - 1    # earlier turns are its prompt
-        pieces += [(ask(question, image if number == 0 else []), 0 if context or not pieces else pieces[-1][1], False),
-                   (say(answer), 0 if context else 1, not context)]
-        if number < len(sample.turns) - 1:
-            pieces += [(after[1:], 0 if context else 1, False)]
+        last = number == len(sample.turns) - 1
+        context = sample.rejected is not None and not last      # earlier turns are its prompt
+        segment = 0 if context else 1
+        pieces += [(ask(question, [] if number else image), segment if number else 0, False),
+                   (say(answer), segment, not context)]
+        if not last:
+            pieces += [(after[1:], segment, False)]
     if sample.rejected is not None:
         pieces += [(say(sample.rejected), 2, True)]
 
-    prompt, row = sum(len(ids) for ids, segment, _ in pieces if segment == 0), Row([], [], [], [], [])
+    prompt = sum(len(ids) for ids, segment, _ in pieces if segment == 0)
     if prompt >= max_length:
-        raise BadInput(f"sample {sample.id}: its prompt has {prompt} tokens ({len(image)} of the image), the limit is "
-                       f"{max_length}; raise --max-length or leave the sample out")
-    following = Counter()                                               # the next position of each segment
+        raise BadInput(f"sample {sample.id}: its prompt has {prompt} tokens ({len(image)} of the "
+                       f"image), the limit is {max_length}; raise --max-length or leave it out")
+    row, following = Row([], [], [], [], []), Counter()         # the next position of each segment
     for ids, segment, target in pieces:
         for i in ids:
             n = following[segment] + (prompt if segment else 0)
             following[segment] += 1
             if n < max_length:
-                fresh = segment and n == prompt                         # a response's first token
+                fresh = segment and n == prompt                 # a response's first token
                 row.source.append((prompt if fresh else len(row.tokens)) - 1)
                 row.tokens.append(i)
                 row.segment.append(segment)
                 row.target.append(target)
                 row.position.append(n)
     if prompt == 0 and row.target[:1] == [True]:
-        raise BadInput(f"sample {sample.id}: nothing stands before its answer; give it a question or a picture")
+        raise BadInput(f"sample {sample.id}: nothing stands before its answer; give it a question")
     return row
 
 
 @dataclass
 class Batch:
-    """Rows of equal length; the unit that the model sees. Padding has sample -1. Targets are listed flat."""
+    """Rows of equal length; what the model sees. Padding has sample -1. Targets are listed flat."""
     tokens: torch.Tensor        # (rows, length) token ids, IMAGE where image features go
     sample: torch.Tensor        # (rows, length) which sample of the batch a token belongs to
     segment: torch.Tensor       # (rows, length) 0 prompt, 1 chosen, 2 rejected
     position: torch.Tensor      # (rows, length) position within prompt + response
     target: torch.Tensor        # (targets,) the token to predict
     source: torch.Tensor        # (targets,) flat position row * length + column that predicts it
-    response: torch.Tensor      # (targets,) sample * responses + response: where its log-probability is added
-    pixels: torch.Tensor        # (images, 3, height, width); one black picture if the batch has none
+    response: torch.Tensor      # (targets,) sample * responses + response: where its logp is added
+    pixels: torch.Tensor        # (images, 3, height, width); one grey picture if the batch has none
     index: torch.Tensor         # (samples,) index in the data set
     responses: int              # 1 or 2
     images: int                 # real images; 0 when `pixels` only keeps the encoder running
     dummy: bool = False         # weight zero: keeps ranks in step when one has nothing left
-    ref: torch.Tensor | None = None     # (samples, responses) log-probabilities under the frozen reference
+    ref: torch.Tensor | None = None     # (samples, responses) logps under the frozen reference
 
     def __len__(self):
         return len(self.index)
 
     def to(self, device):
-        move = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in move.items()})
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()
+                                if torch.is_tensor(v)})
 
 
 def collate(rows, pictures, index, image_size, paired, dummy=False):
-    """Rows, their pictures (a (3, H, W) tensor or None each) and data set indices -> Batch. paired: with rejected."""
-    length, responses = max(len(r.tokens) for r in rows), 2 if paired else 1
-    tokens, segment, position = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
-    owner = torch.full((len(rows), length), -1)
-    target, source, response = [], [], []
-    for i, row in enumerate(rows):
-        n = len(row.tokens)
-        tokens[i, :n], segment[i, :n], position[i, :n] = (torch.tensor(x) for x in (row.tokens, row.segment, row.position))
-        owner[i, :n] = i
-        counted = [t for t in range(n) if row.target[t]]
-        target += [row.tokens[t] for t in counted]
-        source += [i * length + row.source[t] for t in counted]
-        response += [i * responses + (paired and row.segment[t] == 2) for t in counted]
+    """Rows, their pictures (a (3, H, W) tensor or None each) and data set indices -> Batch.
+    paired: with the rejected responses."""
+    def pad(lists, value=0):
+        return pad_sequence([torch.tensor(x, dtype=torch.long) for x in lists], True, value)
+
+    tokens, segment, position = (pad([getattr(row, name) for row in rows])
+                                 for name in ("tokens", "segment", "position"))
+    owner, responses = pad([[i] * len(row.tokens) for i, row in enumerate(rows)], -1), 1 + paired
+    targets = [(row.tokens[t], i * tokens.shape[1] + row.source[t],
+                i * responses + (paired and row.segment[t] == 2))
+               for i, row in enumerate(rows) for t in range(len(row.tokens)) if row.target[t]]
+    target, source, response = torch.tensor(targets, dtype=torch.long).view(-1, 3).T.contiguous()
     pixels = [p for p in pictures if p is not None]
-    return Batch(tokens, owner, segment, position, torch.tensor(target, dtype=torch.long),
-                 torch.tensor(source, dtype=torch.long), torch.tensor(response, dtype=torch.long),
+    return Batch(tokens, owner, segment, position, target, source, response,
                  torch.stack(pixels) if pixels else torch.zeros(1, 3, image_size, image_size),
                  torch.tensor(index), responses, len(pixels), dummy)
 
@@ -205,7 +209,8 @@ class Prepare:
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.responses = responses          # 1: the rejected response, if there is one, is left out
         self.image_size, self.image_tokens = encoder.image_size, encoder.tokens
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.image_mean, encoder.image_std))
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1)
+                               for v in (encoder.image_mean, encoder.image_std))
 
     def row(self, sample):
         return encode(sample, self.tokenizer, self.template, self.image_tokens, self.max_length)
@@ -220,45 +225,51 @@ class Prepare:
                 image = Image.open(image)
                 image.load()
             except Exception as error:
-                raise BadInput(f"{sample.image}: sample {sample.id}: cannot read the picture ({error})") from None
+                raise BadInput(f"{sample.image}: sample {sample.id}: cannot read the picture "
+                               f"({error})") from None
         image = image.convert("RGB")
         if image.size != (self.image_size,) * 2:
             image = image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC)
-        return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - self.mean) / self.std
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return (pixels - self.mean) / self.std
 
     def __call__(self, samples, index=None, dummy=False, blank=False, answers=True):
         """blank: grey pictures, for the control. answers False: prompts only, for generation."""
         if self.responses == 1:
             samples = [replace(s, rejected=None) for s in samples]
         if not answers:
-            samples = [replace(s, rejected=None, turns=[*s.turns[:-1], (s.turns[-1][0], None)]) for s in samples]
+            samples = [replace(s, rejected=None, turns=[*s.turns[:-1], (s.turns[-1][0], None)])
+                       for s in samples]
         rows = [self.row(s) for s in samples]
         pictures = [self.picture(s) for s in samples]
         if blank:
             pictures = [None if p is None else torch.zeros_like(p) for p in pictures]
         paired = any(s.rejected is not None for s in samples)
-        return collate(rows, pictures, list(index or range(len(rows))), self.image_size, paired, dummy)
+        index = list(index or range(len(rows)))
+        return collate(rows, pictures, index, self.image_size, paired, dummy)
 
 
 def shuffled(step, batch, length, seed):
-    """The sampler: data set indices of a step. A pure function of the step, so that resuming needs no state; every
-    epoch is a new permutation, and batches run across its end."""
+    """The sampler: data set indices of a step. A pure function of the step, so that resuming needs
+    no state; every epoch is a new permutation, and batches run across its end."""
     picked, orders = [], {}
     for at in range(step * batch, (step + 1) * batch):
         epoch = at // length
         if epoch not in orders:
-            orders[epoch] = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
+            generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
+            orders[epoch] = torch.randperm(length, generator=generator)
         picked.append(int(orders[epoch][at % length]))
     return picked
 
 
 class Steps(torch.utils.data.Dataset):
-    """steps[k] = the micro-batches of this rank for step k. All ranks get equally many; one that runs short gets a
-    dummy of weight zero, because collectives must be called by everyone."""
+    """steps[k] = the micro-batches of this rank for step k. All ranks get equally many; one that
+    runs short gets a dummy of weight zero, because collectives must be called by everyone."""
 
     def __init__(self, data, prepare, steps, batch, micro, seed, rank=0, world=1):
-        self.data, self.prepare, self.steps, self.batch, self.seed = data, prepare, steps, batch, seed
-        self.rank, self.world, self.micro = rank, world, min(micro, math.ceil(batch / world))
+        self.data, self.prepare, self.steps, self.batch = data, prepare, steps, batch
+        self.seed, self.rank, self.world = seed, rank, world
+        self.micro = min(micro, math.ceil(batch / world))
 
     def __len__(self):
         return self.steps
@@ -274,7 +285,7 @@ class Steps(torch.utils.data.Dataset):
         return batches
 
 
-# ------------------------------------------------------------------------------ the embedded world
+# ------------------------------------------------------------------------------- the embedded world
 
 SHAPES = {"circle": "zero", "triangle": "three", "square": "four", "ell": "six", "arrow": "seven",
           "cross": "twelve"}                            # and their corners
@@ -293,7 +304,7 @@ DETAILS = {"color": COLORS, "shape": SHAPES, "size": SIZES, "texture": TEXTURES,
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three", "four"]
 TILTS, GROUNDS = (-20, 0, 20), 4                        # drawn, never mentioned: for probes
-SIDE, CELL, TILE = 48, 24, 28                           # pixels: picture, grid cell, an object's tile
+SIDE, CELL, TILE = 48, 24, 28                           # pixels: picture, cell, an object's tile
 OUTLINES = {"triangle": [(0, -1), (1, .8), (-1, .8)],
             "square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
             "ell": [(-.8, -1), (-.1, -1), (-.1, .3), (.8, .3), (.8, 1), (-.8, 1)],
@@ -308,8 +319,10 @@ CATEGORY = {"exist": "general", "color": "general", "shape": "general",
             "size": "vision", "texture": "vision", "where": "vision", "beside": "vision",
             "count": "vision"}
 # questions about one detail of one object: wording, the detail, how its values are said
-ATTRIBUTES = {"color": ("what color is {}", "color", {}), "shape": ("what shape is {}", "shape", {}),
-              "texture": ("what texture is {}", "texture", {}), "size": ("what size is {}", "size", {}),
+ATTRIBUTES = {"color": ("what color is {}", "color", {}),
+              "shape": ("what shape is {}", "shape", {}),
+              "texture": ("what texture is {}", "texture", {}),
+              "size": ("what size is {}", "size", {}),
               "letter": ("what letter is on {}", "letter", {}),
               "corners": ("how many corners has {}", "shape", SHAPES),
               "complement": ("which color complements {}", "color", OPPOSITE)}
@@ -372,9 +385,11 @@ class Scene:
         for place, color in zip(sorted(rng.sample(range(4), rng.choice([2, 3, 4]))), colors):
             size = rng.choice(list(SIZES))
             slack = round(CELL / 2 - SIZES[size])
-            x, y = (CELL * k + CELL // 2 + rng.randint(-slack, slack) for k in (place % 2, place // 2))
-            self.things.append(Thing(place, rng.choice(list(SHAPES)), color, size, rng.choice(TEXTURES),
-                                     rng.choice(list(LETTERS)), rng.choice(TILTS), x, y))
+            x, y = (CELL * k + CELL // 2 + rng.randint(-slack, slack)
+                    for k in (place % 2, place // 2))
+            shape, texture, letter, tilt = (rng.choice(list(values))
+                                            for values in (SHAPES, TEXTURES, LETTERS, TILTS))
+            self.things.append(Thing(place, shape, color, size, texture, letter, tilt, x, y))
         self.ground, self.pixel_seed = rng.randrange(GROUNDS), rng.getrandbits(32)
 
     def image(self):
@@ -394,9 +409,9 @@ class Scene:
             picture.paste(tuple(c // 3 for c in color), corner, dark)
             if t.letter != "none":                      # black on a white label
                 draw.rectangle([t.x - 3, t.y - 4, t.x + 3, t.y + 4], fill=(250, 250, 250))
-                draw.point([(t.x + i - 2, t.y + j - 3) for j, bits in
-                            enumerate(LETTERS[t.letter].split()) for i in range(5) if bits[i] == "1"],
-                           fill=(10, 10, 10))
+                draw.point([(t.x + i - 2, t.y + j - 3)
+                            for j, bits in enumerate(LETTERS[t.letter].split())
+                            for i in range(5) if bits[i] == "1"], fill=(10, 10, 10))
         return picture
 
     def mask(self, things):
@@ -415,7 +430,8 @@ class Scene:
     def misread(self, thing, detail, rng):
         """The thing with a detail wrong. A wrong colour is one that the scene does not have."""
         taken = {t.color for t in self.things} if detail == "color" else {getattr(thing, detail)}
-        return replace(thing, **{detail: rng.choice([v for v in DETAILS[detail] if v not in taken])})
+        others = [value for value in DETAILS[detail] if value not in taken]
+        return replace(thing, **{detail: rng.choice(others)})
 
     def ask(self, kind, rng):
         """A question of a kind: (question, answer, wrong answer, things it is about), or None if
@@ -433,8 +449,8 @@ class Scene:
             right, wrong = (getattr(t, detail) for t in (thing, self.misread(thing, detail, rng)))
             return wording.format(key), say.get(right, right), say.get(wrong, wrong), [thing]
         if kind == "exist":
-            yes, form = rng.random() < .5, rng.choice(["{0.color}", "{0.shape}", "{0.color} {0.shape}"])
-            asked = thing
+            yes, asked = rng.random() < .5, thing
+            form = rng.choice(["{0.color}", "{0.shape}", "{0.color} {0.shape}"])
             if not yes and form == "{0.shape}":
                 asked = replace(thing, shape=rng.choice(
                     [s for s in SHAPES if s not in {t.shape for t in self.things}]))
@@ -450,13 +466,14 @@ class Scene:
             wrong = rng.choice([p for p in PLACES if p != PLACES[thing.place]])
             return f"where is {what}", PLACES[thing.place], wrong, [thing]
         if kind == "beside":
-            word, step = rng.choice([("beside", 1 - 2 * (thing.place % 2)), ("above", -2), ("below", 2)])
+            across = 1 - 2 * (thing.place % 2)
+            word, step = rng.choice([("beside", across), ("above", -2), ("below", 2)])
             for other in self.things:
                 if other.place == thing.place + step:
                     wrong = self.misread(thing, "color", rng).color
                     return f"what color is {word} {thing.color}", other.color, wrong, [thing, other]
             return None
-        if kind == "count":     # wrong: another scene's answer to the same question, if that differs
+        if kind == "count":     # wrong: another scene's answer to the same question, if it differs
             name = rng.choice(["size", "texture"])
             value = rng.choice(list(DETAILS[name]))
             here, there = ([t for t in scene.things if getattr(t, name) == value]
@@ -534,11 +551,11 @@ def train_tokenizer(folder, size=600):
     return Tokenizer.train([*lines, *map(chr, range(32, 127))], folder, size)
 
 
-# -------------------------------------------------------------------------------------------------------------- real data
+# ---------------------------------------------------------------------------------------- real data
 
 class Records:
-    """A JSON or JSONL file of conversations (LLaVA: image, conversations) or preferences (MMPR: image, question,
-    chosen, rejected; the paper's: image, prompt, chosen, rejected). JSONL is read one line at a time."""
+    """A JSON or JSONL file of conversations (LLaVA: image, conversations) or preferences (MMPR:
+    image, question, chosen, rejected; the paper's: image, prompt, chosen, rejected)."""
 
     def __init__(self, file, image_root=None):
         self.file = Path(file)
@@ -561,6 +578,9 @@ class Records:
     def __len__(self):
         return len(self.offsets if self.records is None else self.records)
 
+    def wrong(self, i, what):
+        return BadInput(f"{self.file}: sample {i + 1}: {what}")
+
     def record(self, i):
         record = self.records[i] if self.records else None
         if record is None:
@@ -569,9 +589,9 @@ class Records:
                 try:
                     record = json.loads(f.readline())
                 except ValueError as error:
-                    raise BadInput(f"{self.file}: sample {i + 1}: not a JSON line ({error})") from None
+                    raise self.wrong(i, f"not a JSON line ({error})") from None
         if not isinstance(record, dict):
-            raise BadInput(f"{self.file}: sample {i + 1}: not a JSON object")
+            raise self.wrong(i, "not a JSON object")
         return record
 
     def __getitem__(self, i):
@@ -579,14 +599,14 @@ class Records:
 
         def text(key, source=record):
             if not isinstance(source, dict) or not isinstance(source.get(key), str):
-                raise BadInput(f"{self.file}: sample {i + 1}: \"{key}\" is missing or not a text")
+                raise self.wrong(i, f"\"{key}\" is missing or not a text")
             return source[key]
 
         image = None
         if record.get("image"):
             image = (self.root / text("image")).resolve()
             if not image.is_relative_to(self.root):
-                raise BadInput(f"{self.file}: sample {i + 1}: image {record['image']} is outside {self.root}")
+                raise self.wrong(i, f"image {record['image']} is outside {self.root}")
         rejected = None
         if self.preferences:
             key = "question" if "question" in record else "prompt"
@@ -594,7 +614,7 @@ class Records:
         else:
             talk = record.get("conversations")
             if not isinstance(talk, list) or not talk or len(talk) % 2:
-                raise BadInput(f"{self.file}: sample {i + 1}: \"conversations\" is not a list of question and answer")
+                raise self.wrong(i, "\"conversations\" is not a list of question and answer")
             said = [text("value", turn) for turn in talk]
             turns = list(zip(said[::2], said[1::2]))
         return Sample(str(record.get("id", i)), image, turns, rejected, self.file.stem, "all")
