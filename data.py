@@ -5,13 +5,17 @@ becomes one row of tokens in which every token has a `segment`: 0 = prompt, 1 = 
 2 = rejected response (model.visible says who sees whom). The prompt, with its several hundred image
 tokens, stands there once, not once per response.
 """
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import math
+import os
 import random
 import re
+import tempfile
+from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 CHOSEN, REJECTED = 0, 1     # columns of logps: (samples, responses)
 IMAGE = -1                  # token id of an image position: no text can spell it
@@ -41,42 +46,122 @@ class Sample:
     category: str = ""                  # general | knowledge | ocr | vision
     region: np.ndarray | None = None    # (H, W) bool: what the question is about
     separate: bool = False              # the turns are conversations of their own
+    system: str = ""                    # instead of the template's system prompt
+    answers: tuple = ()                 # every answer that counts as right, for evaluation
+    metric: str = ""                    # exact | relaxed | anls | vqa | choice
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
+# --------------------------------------------------------------------------- tokenizer and templates
 
-SPECIAL = ["<|im_start|>", "<|im_end|>"]
-# before the question, between question and answer, after the answer (its first token ends the turn)
-TEMPLATES = {"plain": ("", "", "<|im_end|>"),
-             "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
-                        "<|im_end|>\n")}
+@dataclass
+class Template:
+    """What is put around what people say. Only here do special tokens count."""
+    first: str = ""             # before everything
+    system: str = ""            # around the system prompt
+    prompt: str = ""            # the system prompt
+    before: str = ""            # before a question
+    between: str = ""           # between question and answer
+    end: str = ""               # ends a turn; where empty, the tokenizer's own token does
+    after: str = ""             # between two turns
+    image: str = "<image>\n"    # goes first where no question says <image>
+    asks: bool = True           # False: the question is left out, the picture alone is the prompt
+
+
+TEMPLATES = {                   # the system prompts are LLaVA's
+    "plain": Template(image="<image>"),
+    "caption": Template(image="<image>", asks=False),
+    "chatml": Template(
+        system="<|im_start|>system\n{}<|im_end|>\n", prompt="You are a helpful assistant.",
+        before="<|im_start|>user\n", between="<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>", after="\n"),
+    "llama3": Template(
+        first="<|begin_of_text|>",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        prompt="You are a helpful language and vision assistant. You are able to understand the visual "
+               "content that the user provides, and assist the user with a variety of tasks using "
+               "natural language.",
+        before="<|start_header_id|>user<|end_header_id|>\n\n",
+        between="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eot_id|>"),
+    "vicuna": Template(
+        first="<s>", system="{} ",
+        prompt="A chat between a curious user and an artificial intelligence assistant. The assistant "
+               "gives helpful, detailed, and polite answers to the user's questions.",
+        before="USER: ", between=" ASSISTANT: ", end="</s>")}
+SPECIAL = re.compile(r"(<\|\w+\|>|</?s>)")
+ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
 
 
 class Tokenizer:
-    """A sentencepiece model. Special tokens are control symbols: text never makes them."""
+    """sentencepiece's tokenizer.model or, only if there is none, tokenizer.json. `special` has the
+    ids of special and added tokens; `encode` never makes them from text, `template` does."""
+    FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "vocab.json", "merges.txt"]
 
     def __init__(self, folder):
-        self.file = Path(folder) / "tokenizer.model"
-        if not self.file.exists():
-            raise BadInput(f"{self.file}: not found; an LLM folder needs its tokenizer")
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-        self.special = {self.sp.id_to_piece(i): i for i in range(len(self))
-                        if self.sp.is_control(i)}
-        self.end = self.special["<|im_end|>"]
+        self.files = [path for name in self.FILES if (path := Path(folder) / name).exists()]
+        self.file = next(iter(self.files), Path(folder) / "tokenizer.model")
+        if self.file.name not in self.FILES[:2] or not self.files:
+            raise BadInput(f"{folder}: no tokenizer.model or tokenizer.json; an LLM folder needs one")
+        self.sp = self.fast = None
+        try:
+            self.config, added = (json.loads(path.read_text("utf-8")) if path.exists() else {} for path in
+                                  map(self.file.with_name, ("tokenizer_config.json", "added_tokens.json")))
+            added |= {token["content"]: int(i)
+                      for i, token in self.config.get("added_tokens_decoder", {}).items()}
+            if self.file.suffix == ".model":
+                self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+                size, bare = self.sp.get_piece_size(), not self.config.get("legacy", False)
+                added |= {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
+                hidden = added.values()
+            else:
+                import tokenizers
+                spec = json.loads(self.file.read_text("utf-8"))
+                added |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+                hidden = [token["id"] for token in spec["added_tokens"] if token["special"]]
+                for token in spec["added_tokens"]:
+                    token["special"] = True     # so that `encode` can leave them all out
+                self.fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
+                size, bare = self.fast.get_vocab_size(), "'first'" in str(spec["pre_tokenizer"])
+        except ImportError:
+            raise BadInput(f"{self.file}: needs a package: pip install tokenizers") from None
+        except Exception as error:              # the two packages raise whatever they like
+            raise BadInput(f"{self.file}: cannot be read ({error})") from None
+        self.special, self.hidden, self.bare = added, set(hidden), bare
+        self.size = max(size, *(i + 1 for i in added.values()), 0)
+        self.end = next((added[name] for name in ENDS if name in added), None)
+        if self.end is None:
+            raise BadInput(f"{self.file}: none of its tokens ends a turn: {' '.join(ENDS)}")
 
     def __len__(self):
-        return self.sp.get_piece_size()
+        return self.size
 
-    def encode(self, text):
-        return self.sp.encode(text)
+    def encode(self, text, inside=False):
+        """inside: not at the beginning, where Llama's tokenizers put a space in front."""
+        if inside and self.bare:
+            return self.encode("\n" + text)[len(self.encode("\n")):]
+        if self.sp:
+            return self.sp.encode(text)
+        self.fast.encode_special_tokens = True  # as text; said every time, as a pickle forgets it
+        return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        return self.sp.decode([int(i) for i in ids])
+        ids = [int(i) for i in ids if 0 <= i < self.size and int(i) not in self.hidden]
+        return self.sp.decode(ids) if self.sp else self.fast.decode(ids, skip_special_tokens=False)
 
-    def template(self, text):
-        """Token ids of a piece of a template, the only text in which special tokens count."""
-        return [i for part in re.split(r"(<\|\w+\|>)", text)
-                for i in ([self.special[part]] if part in self.special else self.encode(part))]
+    def template(self, *parts, inside=False):
+        """Token ids of, in turns, text of a template and what somebody said. Text that no special
+        token interrupts is encoded in one piece."""
+        ids, run = [], ""
+        for n, part in enumerate(parts):
+            for piece in [part] if n % 2 else SPECIAL.split(part):
+                if n % 2 or not SPECIAL.fullmatch(piece):
+                    run += piece
+                elif piece in self.special:
+                    ids, run, inside = ids + self.encode(run, inside) + [self.special[piece]], "", True
+                else:
+                    raise BadInput(f"{self.file}: has no {piece}, which the chat template needs; "
+                                   "choose another --template")
+        return ids + self.encode(run, inside)
 
     @staticmethod
     def train(lines, folder, size):
@@ -84,15 +169,26 @@ class Tokenizer:
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="bpe",
-            byte_fallback=True, control_symbols=SPECIAL, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-            bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
+            byte_fallback=True, control_symbols=["<|im_start|>", "<|im_end|>"], num_threads=1,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+            character_coverage=1.0, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "tokenizer.model").write_bytes(model.getvalue())
         return Tokenizer(folder)
 
 
-# --------------------------------------------------------------------------------- rows and batches
+def choose_template(folder):
+    """The name of the template that an LLM folder's chat_template spells, or else of the first whose
+    special tokens its tokenizer has."""
+    tokenizer, file = Tokenizer(folder), Path(folder) / "chat_template.jinja"
+    own = file.read_text("utf-8") if file.exists() else str(tokenizer.config.get("chat_template"))
+    chats = {name: t for name, t in TEMPLATES.items() if t.before}
+    return min([name for name, t in chats.items()
+                if set(SPECIAL.findall(t.first + t.before + t.end)) <= set(tokenizer.special)],
+               key=lambda name: chats[name].before.split("user")[0] not in own, default="plain")
+
+
+# ------------------------------------------------------------------------------------ rows and batches
 
 @dataclass
 class Row:
@@ -107,33 +203,50 @@ class Row:
 def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
     turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
-    before, between, after = (tokenizer.template(part) for part in TEMPLATES[template])
+    t, turns, last = TEMPLATES[template], sample.turns, len(sample.turns) - 1
     image = [IMAGE] * image_tokens if sample.image is not None else []
+    marked = [n for n, (question, _) in enumerate(turns) for _ in range(question.count("<image>"))]
+    if image and len(marked) > 1:
+        raise BadInput(f"sample {sample.id}: more than one <image> for one picture; leave it out")
+    end = tokenizer.template(t.end) or [tokenizer.end]
+    between = t.between.rstrip(" ")             # the space is the answer's: " yes" is one token
+    cue = SPECIAL.split(t.between)[-1]          # what stands before an answer in the same text
+    start = tokenizer.encode(cue.rstrip(" "), cue != t.between)
+    system, _, rest = t.system.partition("{}")
+    opening = [system, sample.system or t.prompt, rest] if t.system else [""]
 
-    def ask(question, image):
-        parts = question.split("<image>") if image else [question]
-        if len(parts) > 2:
-            raise BadInput(f"sample {sample.id}: more than one <image>; leave it out")
-        if len(parts) < 2:
-            parts = ["", question]                          # no placeholder: the image goes first
-        head, tail = (tokenizer.encode(p.strip()) if p.strip() else [] for p in parts)
-        return before + head + image + tail + between
+    def ask(question, before, image, inside):
+        """before: what the template puts in front, see Tokenizer.template."""
+        question = question.strip() if t.asks else ""
+        if not image:
+            return tokenizer.template(*before, question, between, inside=inside)
+        if "<image>" not in question:
+            question = t.image + question
+        head, tail = (part.strip(" ") for part in question.split("<image>"))
+        return (tokenizer.template(*before, head, inside=inside) + image +
+                tokenizer.template("", tail, between))
 
     def say(answer):
-        return tokenizer.encode(answer) + after[:1] if answer is not None else []
+        if answer is None:
+            return []
+        ids = tokenizer.encode(cue + answer, cue != t.between)
+        if ids[:len(start)] == start:
+            return ids[len(start):] + end
+        return tokenizer.encode(answer, True) + end     # its first characters would melt into the cue
 
-    pieces = [(image, 0, False)] if sample.separate else []     # (ids, segment, target)
-    for number, (question, answer) in enumerate(sample.turns):
-        if sample.separate:
-            pieces += [(ask(question, []), number + 1, False), (say(answer), number + 1, True)]
-            continue
-        last = number == len(sample.turns) - 1
-        context = sample.rejected is not None and not last      # earlier turns are its prompt
-        segment = 0 if context else 1
-        pieces += [(ask(question, [] if number else image), segment if number else 0, False),
+    pieces = [(tokenizer.template(t.first), 0, False)]          # (ids, segment, target)
+    if sample.separate:
+        pieces += [(tokenizer.template(*opening) + image, 0, False)]
+        image, opening = [], [""]
+    for n, (question, answer) in enumerate(turns):
+        before = [t.after] if n else opening
+        before = [*before[:-1], before[-1] + t.before]
+        context = sample.rejected is not None and n < last      # earlier turns are the prompt's
+        segment = n + 1 if sample.separate else 0 if context else 1
+        here = image if n == sum(marked[:1]) else []            # without a mark: the first turn
+        pieces += [(ask(question, before, here, n > 0 and t.end != ""),
+                    segment if n or sample.separate else 0, False),
                    (say(answer), segment, not context)]
-        if not last:
-            pieces += [(after[1:], segment, False)]
     if sample.rejected is not None:
         pieces += [(say(sample.rejected), 2, True)]
 
@@ -207,29 +320,48 @@ class Prepare:
 
     def __init__(self, tokenizer, template, encoder, max_length, responses):
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self.end = (tokenizer.template(TEMPLATES[template].end) or [tokenizer.end])[0]
         self.responses = responses          # 1: the rejected response, if there is one, is left out
         self.image_size, self.image_tokens = encoder.image_size, encoder.tokens
+        self.resample = getattr(encoder, "resample", Image.Resampling.BICUBIC)
+        self.crop = getattr(encoder, "crop", False)
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1)
                                for v in (encoder.image_mean, encoder.image_std))
 
     def row(self, sample):
         return encode(sample, self.tokenizer, self.template, self.image_tokens, self.max_length)
 
+    def count(self, sample):
+        """Tokens of prompt and chosen response, however long."""
+        return len(encode(replace(sample, rejected=None), self.tokenizer, self.template,
+                          self.image_tokens, math.inf).tokens)
+
     def picture(self, sample):
-        """(3, H, W) float32, or None. Squared by resizing, as SigLIP does; alpha is dropped."""
+        """(3, H, W) float32, or None. Squared by resizing, as SigLIP does, or (crop) shortest edge
+        resized and the centre cut out, as CLIP does. The first frame; upright; alpha is dropped."""
         image = sample.image
         if image is None:
             return None
-        if not isinstance(image, Image.Image):
-            try:
+        try:
+            if not isinstance(image, Image.Image):
                 image = Image.open(image)
-                image.load()
-            except Exception as error:
-                raise BadInput(f"{sample.image}: sample {sample.id}: cannot read the picture "
-                               f"({error})") from None
-        image = image.convert("RGB")
-        if image.size != (self.image_size,) * 2:
-            image = image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC)
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":       # 16 bits a pixel or more: Pillow would clip them
+                values = np.asarray(image, np.float32)
+                values /= 257 if values.max() > 255 else 1
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
+        except Exception as error:          # Pillow raises whatever it likes
+            raise BadInput(f"{sample.image}: sample {sample.id}: cannot read the picture "
+                           f"({error}); mend it or leave the sample out") from None
+        size, (width, height) = self.image_size, image.size
+        if self.crop:
+            edge = min(width, height)
+            image = image.resize((size * width // edge, size * height // edge), self.resample)
+            left, top = (image.width - size) // 2, (image.height - size) // 2
+            image = image.crop((left, top, left + size, top + size))
+        elif image.size != (size, size):
+            image = image.resize((size, size), self.resample)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return (pixels - self.mean) / self.std
 
@@ -551,73 +683,282 @@ def train_tokenizer(folder, size=600):
     return Tokenizer.train([*lines, *map(chr, range(32, 127))], folder, size)
 
 
-# ---------------------------------------------------------------------------------------- real data
+# ------------------------------------------------------------------------------------------ real data
 
-class Records:
-    """A JSON or JSONL file of conversations (LLaVA: image, conversations) or preferences (MMPR:
-    image, question, chosen, rejected; the paper's: image, prompt, chosen, rejected)."""
+SMALL = 1 << 24                 # bytes: a JSON array up to this size is read into memory
+SUFFIXES = [".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"]
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
 
-    def __init__(self, file, image_root=None):
-        self.file = Path(file)
-        self.root = Path(image_root or self.file.parent).resolve()
-        self.records, self.offsets, at = None, [], 0
-        try:
-            with open(self.file, "rb") as f:
-                if f.read(64).lstrip()[:1] == b"[":
-                    self.records = json.loads(self.file.read_text("utf-8"))
-                f.seek(0)
-                for line in f if self.records is None else ():
-                    self.offsets += [at] if line.strip() else []
-                    at += len(line)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{self.file}: cannot be read as JSON ({error})") from None
-        if not len(self):
-            raise BadInput(f"{self.file}: no samples in it")
-        self.preferences = "rejected" in self.record(0)
 
-    def __len__(self):
-        return len(self.offsets if self.records is None else self.records)
+def spoken(record, key, role=None):
+    """[(role, text)] of what stands under a key: a text, or messages {from, value} or {role, content}
+    whose content may be a list of {type: text | image, text}."""
+    said = record.get(key)
+    if isinstance(said, str) and role:
+        return [(role, said)]
+    result = []
+    for message in said if isinstance(said, list) else [said]:
+        message = message if isinstance(message, dict) else {}
+        text = message.get("value", message.get("content"))
+        if isinstance(text, list) and all(isinstance(part, dict) for part in text):
+            text = "\n".join("<image>" if part.get("type") == "image" else str(part.get("text", ""))
+                             for part in text)
+        role = ROLES.get(str(message.get("from", message.get("role"))))
+        if role is None or not isinstance(text, str):
+            raise ValueError(f"\"{key}\" is missing or neither a text nor messages with their roles")
+        result.append((role, text))
+    return result
 
-    def wrong(self, i, what):
-        return BadInput(f"{self.file}: sample {i + 1}: {what}")
 
-    def record(self, i):
-        record = self.records[i] if self.records else None
-        if record is None:
-            with open(self.file, "rb") as f:
-                f.seek(self.offsets[i])
+def parse(record):
+    """A record of any format, told by its keys -> (names of its pictures, Sample's other fields).
+    Raises ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    names = record.get("image") or record.get("images") or []
+    names = names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("\"image\" is not the name of a file")
+    key = next((k for k in ("conversations", "messages", "question") if k in record), "prompt")
+    talk = key in ("conversations", "messages")
+    said, fields = spoken(record, key, None if talk else "user"), {"category": "all"}
+    if talk:                                            # as LLaVA: from a question to an answer
+        said = said[said[0][0] == "assistant":] if said else []
+        said = said[:-1] if said and said[-1][0] == "user" else said
+    elif "chosen" in record or "rejected" in record:
+        said += spoken(record, "chosen", "assistant")
+        fields["rejected"] = spoken(record, "rejected", "assistant")[-1][1]
+    else:
+        answers = record.get("answers", record.get("answer"))
+        answers = [str(a) for a in (answers if isinstance(answers, list) else [answers])]
+        if answers in ([], ["None"]):
+            raise ValueError("has neither \"answers\" nor \"chosen\" and \"rejected\"")
+        said += [("assistant", answers[0])]
+        if choices := record.get("choices"):            # the letter and the text are both right
+            letters = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", map(str, choices)))
+            said[-2] = "user", "\n".join([said[-2][1], *map("{0[0]}. {0[1]}".format, letters.items())])
+            answers += [b for a in answers for pair in letters.items() if a in pair for b in pair]
+        fields |= {"answers": tuple(dict.fromkeys(answers)),
+                   "category": str(record.get("category", "all")),
+                   "metric": str(record.get("metric", "choice" if choices else "exact"))}
+    if said and said[0][0] == "system":
+        fields["system"] = said.pop(0)[1]
+    if not said or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
+        raise ValueError(f"\"{key}\" is not a list of question and answer in turns")
+    texts = [text for _, text in said]
+    return names, fields | {"turns": list(zip(texts[::2], texts[1::2]))}
+
+
+def progress(file, what):
+    size = os.path.getsize(file)
+    return tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=size <= SMALL,
+                desc=f"{file.name}: {what}, only once")
+
+
+def unroll(file, out):
+    """A JSON array as JSONL, a few megabytes at a time. Raises ValueError."""
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    with open(file, encoding="utf-8") as f, progress(file, "array to lines") as bar:
+        text, at, more = f.read(SMALL // 4).lstrip(), 1, True
+        while True:
+            at = gap.match(text, at).end()
+            if text[at:at + 1] == "]":
+                return
+            try:
+                record, end = decode(text, at)
+            except ValueError:              # cut off, or wrong
+                more = f.read(SMALL // 4) if len(text) - at < 4 * SMALL else ""
+                if not more:
+                    raise
+                text, at = text[at:] + more, 0
+                continue
+            out.write(json.dumps(record).encode() + b"\n")
+            bar.update(end - at)
+            at = end
+
+
+def measure(file, lines, out, stamp):
+    """Lines -> index: HEADER numbers, then the byte offset of every record that is not left out.
+    Every record is parsed, so that what is wrong with one is said before training begins."""
+    digest, offsets, several, pairs, at = hashlib.sha256(), array("Q"), 0, 0, 0
+    with progress(file, "index") as bar:
+        for number, line in enumerate(lines, 1):
+            digest.update(line)
+            if line.strip():
                 try:
-                    record = json.loads(f.readline())
+                    names, said = parse(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise BadInput(f"{file}: sample {number}: not a JSON line ({error})") from None
                 except ValueError as error:
-                    raise self.wrong(i, f"not a JSON line ({error})") from None
-        if not isinstance(record, dict):
-            raise self.wrong(i, "not a JSON object")
-        return record
+                    raise BadInput(f"{file}: sample {number}: {error}") from None
+                asked = sum(question.count("<image>") for question, _ in said["turns"])
+                if len(names) > 1 or names and asked > 1:
+                    several += 1
+                else:
+                    offsets.append(at)
+                    pairs += "rejected" in said
+            at += len(line)
+            bar.update(len(line))
+    out.write(np.array([*stamp, several, pairs], np.uint64).tobytes() + digest.digest())
+    out.write(offsets.tobytes())
+
+
+@contextlib.contextmanager
+def written(path):
+    """A file that is there as a whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as out:
+            yield out
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@functools.cache
+def opened(path, stamp, process):
+    """One handle for each file and process: forks would share its position."""
+    return open(path, "rb")
+
+
+class Lines:
+    """The records of one JSON or JSONL file, read one at a time: where each begins is found once,
+    kept beside the file (where that is not allowed: among temporary files) and mapped into memory."""
+
+    def __init__(self, file):
+        self.file, self.memory = file, None
+        try:
+            stat = file.stat()
+            self.stamp = 1, stat.st_size, stat.st_mtime_ns      # 1: version of the index
+            with open(file, "rb") as f:
+                is_array = f.read(64).lstrip()[:1] == b"["
+            if is_array and stat.st_size <= SMALL:
+                self.memory, index = io.BytesIO(), io.BytesIO()
+                unroll(file, self.memory)
+                self.memory.seek(0)
+                measure(file, self.memory, index, self.stamp)
+                index = np.frombuffer(index.getvalue(), np.uint64)
+            else:
+                index = self.mapped(is_array)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{file}: cannot be read as JSON ({error})") from None
+        self.several, self.pairs = index[3:5].tolist()
+        self.digest, self.offsets = index[5:9].tobytes(), index[9:]
+
+    def mapped(self, is_array):
+        folder, name = self.file.parent.absolute(), self.file.name
+        if not os.access(folder, os.W_OK):
+            name = hashlib.sha256(str(folder).encode()).hexdigest()[:16] + "-" + name
+            folder = Path(tempfile.gettempdir())
+        self.path, index = self.file, folder / (name + ".index")
+        if is_array:
+            self.path = folder / (name + ".jsonl")
+        if not (index.exists() and self.path.exists() and
+                tuple(np.fromfile(index, np.uint64, 3).tolist()) == self.stamp):
+            if is_array:
+                with written(self.path) as out:
+                    unroll(self.file, out)
+            with open(self.path, "rb") as lines, written(index) as out:
+                measure(self.file, lines, out, self.stamp)
+        return np.memmap(index, np.uint64, "r")
 
     def __getitem__(self, i):
-        record = self.record(i)
+        f = self.memory or opened(self.path, self.stamp, os.getpid())
+        f.seek(int(self.offsets[i]))
+        return json.loads(f.readline())
 
-        def text(key, source=record):
-            if not isinstance(source, dict) or not isinstance(source.get(key), str):
-                raise self.wrong(i, f"\"{key}\" is missing or not a text")
-            return source[key]
 
-        image = None
-        if record.get("image"):
-            image = (self.root / text("image")).resolve()
-            if not image.is_relative_to(self.root):
-                raise self.wrong(i, f"image {record['image']} is outside {self.root}")
-        rejected = None
-        if self.preferences:
-            key = "question" if "question" in record else "prompt"
-            turns, rejected = [(text(key), text("chosen"))], text("rejected")
-        else:
-            talk = record.get("conversations")
-            if not isinstance(talk, list) or not talk or len(talk) % 2:
-                raise self.wrong(i, "\"conversations\" is not a list of question and answer")
-            said = [text("value", turn) for turn in talk]
-            turns = list(zip(said[::2], said[1::2]))
-        return Sample(str(record.get("id", i)), image, turns, rejected, self.file.stem, "all")
+class Records:
+    """Samples of a JSON or JSONL file in any format that `parse` knows, or of all the files that an
+    MMPR meta.json names. Samples with several pictures are left out, as in the paper.
+
+    preferences   have the samples a rejected answer?
+    left_out      {reason: how many samples}"""
+
+    def __init__(self, file, image_root=None):
+        self.file, self.order = Path(file), None
+        folder = self.file.parent.absolute()
+        bases = [Path(base) for base in (image_root, folder, folder.parent) if base]
+
+        def find(entry, key):
+            for base in bases:
+                if entry.get(key) and (base / entry[key]).exists():
+                    return base / entry[key]
+            raise BadInput(f"{file}: {key} {entry.get(key)} is nowhere below {bases[0]}; move it there "
+                           "or give --image-root")
+
+        sources = [(name, find(entry, "annotation"), find(entry, "root"))
+                   for name, entry in self.meta().items()]
+        sources = sources or [(self.file.stem, self.file, bases[0])]
+        self.names, files, roots = zip(*sources)
+        self.parts = [Lines(path) for path in files]
+        self.roots = [Path(os.path.abspath(root)) for root in roots]
+        self.starts = np.cumsum([0, *(len(part.offsets) for part in self.parts)])
+        self.left_out = {"several images": sum(part.several for part in self.parts)}
+        pairs, total = sum(part.pairs for part in self.parts), len(self)
+        if total == 0:
+            raise BadInput(f"{file}: no samples in it")
+        if pairs not in (0, total):
+            raise BadInput(f"{file}: {pairs} of {total} samples have a rejected answer; split the file")
+        self.preferences = pairs > 0
+
+    def meta(self):
+        """MMPR's {name: {annotation, root}}, or {}."""
+        try:
+            if self.file.suffix == ".json" and self.file.stat().st_size <= SMALL:
+                entries = json.loads(self.file.read_text("utf-8"))
+                if all("annotation" in entry for entry in entries.values()):
+                    return entries
+        except (OSError, ValueError, AttributeError, TypeError):
+            pass                                                # not that; Lines says what is wrong
+        return {}
+
+    def __len__(self):
+        return int(self.starts[-1]) if self.order is None else len(self.order)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        at = int(i if self.order is None else self.order[i])
+        k = int(np.searchsorted(self.starts, at, "right")) - 1
+        part, root, image = self.parts[k], self.roots[k], None
+        try:
+            record = part[at - self.starts[k]]
+            names, said = parse(record)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{part.file}: changed while it was read ({error}); start again") from None
+        if names:
+            image = Path(os.path.normpath(root / names[0]))
+            if not image.is_relative_to(root):
+                raise BadInput(f"{part.file}: sample {at + 1}: image {names[0]} is outside {root}; "
+                               "mend the path or give --image-root")
+            if not image.exists():                              # MMPR says .jpg of some .gif files
+                others = map(image.with_suffix, SUFFIXES)
+                image = next((path for path in others if path.exists()), image)
+        return Sample(str(record.get("id", at)), image, kind=self.names[k], **said)
+
+    def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
+        """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
+        whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
+        self.order = None
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        if max_prompt_chosen:
+            kept, self.left_out["too long"] = [], 0
+            for i in tqdm(order, f"{self.file.name}: selecting", leave=False):
+                if len(kept) == take:
+                    break
+                fits = prepare.count(self[i]) <= max_prompt_chosen
+                kept += [i] if fits else []
+                self.left_out["too long"] += not fits
+            order = kept
+        self.order = np.array(order[:take], np.int64)
+        if not len(self):
+            raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
+        return self
 
     def fingerprint(self):
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        """A hash of the files and of what is selected from them."""
+        digest = hashlib.sha256(b"".join(part.digest for part in self.parts))
+        digest.update(b"" if self.order is None else self.order.tobytes())
+        return digest.hexdigest()
