@@ -110,7 +110,7 @@ class Tokenizer:
                       for i, token in self.config.get("added_tokens_decoder", {}).items()}
             if self.file.suffix == ".model":
                 self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-                size, bare = self.sp.get_piece_size(), not self.config.get("legacy", False)
+                size, bare = self.sp.get_piece_size(), not self.config.get("legacy", True)
                 added |= {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
                 hidden = added.values()
             else:

@@ -44,14 +44,16 @@ def test_row_layout(tokenizer):
     chatml = data.TEMPLATES["chatml"]
     head = tokenizer.template(chatml.system.format(chatml.prompt) + chatml.before, "is")
     prompt = head + [IMAGE] * 3 + tokenizer.template("", "red", chatml.between)
-    yes, no = (tokenizer.encode(text, inside=True) + [tokenizer.end] for text in ("yes", "no"))
+    cue = tokenizer.encode("assistant\n")
+    yes, no = (tokenizer.encode("assistant\n" + text)[len(cue):] + [tokenizer.end] for text in ("yes", "no"))
     assert row.tokens == prompt + yes + no
     assert row.segment == [0] * len(prompt) + [1] * len(yes) + [2] * len(no)
     assert row.target == [False] * len(prompt) + [True] * (len(yes) + len(no))
     batch = data.collate([row], [torch.zeros(3, 8, 8)], [0], 8, paired=True)
     assert batch.position[0].tolist() == [*range(len(prompt) + len(yes)), *range(len(prompt), len(prompt) + len(no))]
-    assert batch.source.tolist() == [len(prompt) - 1, len(prompt), len(prompt) - 1, len(prompt) + len(yes)]
-    assert batch.target.tolist() == yes + no and batch.response.tolist() == [0, 0, 1, 1]
+    first, second = len(prompt), len(prompt) + len(yes)
+    assert batch.source.tolist() == [first - 1, *range(first, second - 1), first - 1, *range(second, second + len(no) - 1)]
+    assert batch.target.tolist() == yes + no and batch.response.tolist() == [0] * len(yes) + [1] * len(no)
 
 
 def test_image_goes_first_where_no_placeholder_is(tokenizer):
