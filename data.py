@@ -348,7 +348,7 @@ class Prepare:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":       # 16 bits a pixel or more: Pillow would clip them
                 values = np.asarray(image, np.float32)
-                values /= 257 if values.max() > 255 else 1
+                values = values / (257 if "16" in image.mode or values.max() > 255 else 1)
                 image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
         except Exception as error:          # Pillow raises whatever it likes
