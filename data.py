@@ -51,7 +51,7 @@ class Sample:
     metric: str = ""                    # exact | relaxed | anls | vqa | choice
 
 
-# --------------------------------------------------------------------------- tokenizer and templates
+# -------------------------------------------------------------------------- tokenizer and templates
 
 @dataclass
 class Template:
@@ -77,15 +77,15 @@ TEMPLATES = {                   # the system prompts are LLaVA's
     "llama3": Template(
         first="<|begin_of_text|>",
         system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        prompt="You are a helpful language and vision assistant. You are able to understand the visual "
-               "content that the user provides, and assist the user with a variety of tasks using "
-               "natural language.",
+        prompt="You are a helpful language and vision assistant. You are able to understand the "
+               "visual content that the user provides, and assist the user with a variety of tasks "
+               "using natural language.",
         before="<|start_header_id|>user<|end_header_id|>\n\n",
         between="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eot_id|>"),
     "vicuna": Template(
         first="<s>", system="{} ",
-        prompt="A chat between a curious user and an artificial intelligence assistant. The assistant "
-               "gives helpful, detailed, and polite answers to the user's questions.",
+        prompt="A chat between a curious user and an artificial intelligence assistant. The "
+               "assistant gives helpful, detailed, and polite answers to the user's questions.",
         before="USER: ", between=" ASSISTANT: ", end="</s>")}
 SPECIAL = re.compile(r"(<\|\w+\|>|</?s>)")
 ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
@@ -94,41 +94,41 @@ ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
 class Tokenizer:
     """sentencepiece's tokenizer.model or, only if there is none, tokenizer.json. `special` has the
     ids of special and added tokens; `encode` never makes them from text, `template` does."""
-    FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "vocab.json", "merges.txt"]
+    FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+             "special_tokens_map.json", "vocab.json", "merges.txt"]
 
     def __init__(self, folder):
         self.files = [path for name in self.FILES if (path := Path(folder) / name).exists()]
-        self.file = next(iter(self.files), Path(folder) / "tokenizer.model")
-        if self.file.name not in self.FILES[:2] or not self.files:
-            raise BadInput(f"{folder}: no tokenizer.model or tokenizer.json; an LLM folder needs one")
-        self.sp = self.fast = None
+        self.file = next((path for path in self.files if path.name in self.FILES[:2]), None)
+        if self.file is None:
+            raise BadInput(f"{folder}: no tokenizer.model or tokenizer.json; an LLM needs one")
         try:
-            self.config, added = (json.loads(path.read_text("utf-8")) if path.exists() else {} for path in
-                                  map(self.file.with_name, ("tokenizer_config.json", "added_tokens.json")))
-            added |= {token["content"]: int(i)
-                      for i, token in self.config.get("added_tokens_decoder", {}).items()}
+            config, ids = (json.loads(path.read_text("utf-8")) if path in self.files else {}
+                           for path in map(self.file.with_name, self.FILES[2:4]))
+            ids |= {token["content"]: int(i)
+                    for i, token in config.get("added_tokens_decoder", {}).items()}
+            self.sp = self.fast = None
             if self.file.suffix == ".model":
                 self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-                size, bare = self.sp.get_piece_size(), not self.config.get("legacy", True)
-                added |= {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
-                hidden = added.values()
+                size, self.bare = len(self.sp), not config.get("legacy", True)
+                ids |= {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
+                hidden = ids.values()
             else:
                 import tokenizers
                 spec = json.loads(self.file.read_text("utf-8"))
-                added |= {token["content"]: token["id"] for token in spec["added_tokens"]}
                 hidden = [token["id"] for token in spec["added_tokens"] if token["special"]]
                 for token in spec["added_tokens"]:
-                    token["special"] = True     # so that `encode` can leave them all out
+                    ids[token["content"]], token["special"] = token["id"], True
                 self.fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
-                size, bare = self.fast.get_vocab_size(), "'first'" in str(spec["pre_tokenizer"])
+                size = self.fast.get_vocab_size()
+                self.bare = "'first'" in str(spec["pre_tokenizer"])
         except ImportError:
             raise BadInput(f"{self.file}: needs a package: pip install tokenizers") from None
         except Exception as error:              # the two packages raise whatever they like
             raise BadInput(f"{self.file}: cannot be read ({error})") from None
-        self.special, self.hidden, self.bare = added, set(hidden), bare
-        self.size = max(size, *(i + 1 for i in added.values()), 0)
-        self.end = next((added[name] for name in ENDS if name in added), None)
+        self.special, self.hidden, self.chat = ids, set(hidden), str(config.get("chat_template"))
+        self.size = max([size, *(i + 1 for i in ids.values())])
+        self.end = next((ids[name] for name in ENDS if name in ids), None)
         if self.end is None:
             raise BadInput(f"{self.file}: none of its tokens ends a turn: {' '.join(ENDS)}")
 
@@ -141,7 +141,7 @@ class Tokenizer:
             return self.encode("\n" + text)[len(self.encode("\n")):]
         if self.sp:
             return self.sp.encode(text)
-        self.fast.encode_special_tokens = True  # as text; said every time, as a pickle forgets it
+        self.fast.encode_special_tokens = True  # as the text that they are; a pickle forgets it
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
@@ -157,7 +157,8 @@ class Tokenizer:
                 if n % 2 or not SPECIAL.fullmatch(piece):
                     run += piece
                 elif piece in self.special:
-                    ids, run, inside = ids + self.encode(run, inside) + [self.special[piece]], "", True
+                    ids += [*self.encode(run, inside), self.special[piece]]
+                    run, inside = "", True
                 else:
                     raise BadInput(f"{self.file}: has no {piece}, which the chat template needs; "
                                    "choose another --template")
@@ -178,17 +179,17 @@ class Tokenizer:
 
 
 def choose_template(folder):
-    """The name of the template that an LLM folder's chat_template spells, or else of the first whose
-    special tokens its tokenizer has."""
+    """The name of the template that an LLM folder's chat_template spells, or else of the first one
+    whose special tokens its tokenizer has."""
     tokenizer, file = Tokenizer(folder), Path(folder) / "chat_template.jinja"
-    own = file.read_text("utf-8") if file.exists() else str(tokenizer.config.get("chat_template"))
-    chats = {name: t for name, t in TEMPLATES.items() if t.before}
-    return min([name for name, t in chats.items()
-                if set(SPECIAL.findall(t.first + t.before + t.end)) <= set(tokenizer.special)],
-               key=lambda name: chats[name].before.split("user")[0] not in own, default="plain")
+    own = file.read_text("utf-8") if file.exists() else tokenizer.chat
+    able = [name for name, t in TEMPLATES.items() if t.before and
+            set(SPECIAL.findall(t.first + t.before + t.end)) <= set(tokenizer.special)]
+    spelled = [name for name in able if TEMPLATES[name].before.split("user")[0] in own]
+    return (spelled + able + ["plain"])[0]
 
 
-# ------------------------------------------------------------------------------------ rows and batches
+# --------------------------------------------------------------------------------- rows and batches
 
 @dataclass
 class Row:
@@ -232,7 +233,7 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
         ids = tokenizer.encode(cue + answer, cue != t.between)
         if ids[:len(start)] == start:
             return ids[len(start):] + end
-        return tokenizer.encode(answer, True) + end     # its first characters would melt into the cue
+        return tokenizer.encode(answer, True) + end     # its first letters would melt into the cue
 
     pieces = [(tokenizer.template(t.first), 0, False)]          # (ids, segment, target)
     if sample.separate:
@@ -683,7 +684,7 @@ def train_tokenizer(folder, size=600):
     return Tokenizer.train([*lines, *map(chr, range(32, 127))], folder, size)
 
 
-# ------------------------------------------------------------------------------------------ real data
+# ---------------------------------------------------------------------------------------- real data
 
 SMALL = 1 << 24                 # bytes: a JSON array up to this size is read into memory
 SUFFIXES = [".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"]
@@ -692,39 +693,45 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def spoken(record, key, role=None):
-    """[(role, text)] of what stands under a key: a text, or messages {from, value} or {role, content}
-    whose content may be a list of {type: text | image, text}."""
+    """[(role, text)] of what stands under a key: a text (if it has a role), or messages {from,
+    value} or {role, content}; content is a text or a list of {type: text | image, text}."""
     said = record.get(key)
     if isinstance(said, str) and role:
         return [(role, said)]
     result = []
     for message in said if isinstance(said, list) else [said]:
         message = message if isinstance(message, dict) else {}
+        role = ROLES.get(str(message.get("from", message.get("role"))))
         text = message.get("value", message.get("content"))
         if isinstance(text, list) and all(isinstance(part, dict) for part in text):
-            text = "\n".join("<image>" if part.get("type") == "image" else str(part.get("text", ""))
+            text = "\n".join("<image>" if part.get("type") == "image" else str(part.get("text"))
                              for part in text)
-        role = ROLES.get(str(message.get("from", message.get("role"))))
         if role is None or not isinstance(text, str):
-            raise ValueError(f"\"{key}\" is missing or neither a text nor messages with their roles")
+            raise ValueError(f"\"{key}\" is missing or neither a text nor messages with roles")
         result.append((role, text))
     return result
 
 
 def parse(record):
-    """A record of any format, told by its keys -> (names of its pictures, Sample's other fields).
-    Raises ValueError."""
+    """A record of any format, told by its keys -> (names of pictures, the other fields of Sample).
+
+    conversations | messages                        LLaVA's, and the chat form of it
+    question | prompt, chosen, rejected             MMPR's, the paper's, and the chat form
+    question | prompt, answers | answer [, choices, category, metric]           for evaluation
+    each with image | images or without. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     names = record.get("image") or record.get("images") or []
     names = names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) for name in names):
         raise ValueError("\"image\" is not the name of a file")
+    fields = {"category": str(record.get("category", "all"))}
     key = next((k for k in ("conversations", "messages", "question") if k in record), "prompt")
-    talk = key in ("conversations", "messages")
-    said, fields = spoken(record, key, None if talk else "user"), {"category": "all"}
-    if talk:                                            # as LLaVA: from a question to an answer
-        said = said[said[0][0] == "assistant":] if said else []
+    said = spoken(record, key, "user" if key in ("question", "prompt") else None)
+    if said and said[0][0] == "system":
+        fields["system"] = said.pop(0)[1]
+    if key in ("conversations", "messages"):    # as LLaVA: from a question to an answer
+        said = said[1:] if said and said[0][0] == "assistant" else said
         said = said[:-1] if said and said[-1][0] == "user" else said
     elif "chosen" in record or "rejected" in record:
         said += spoken(record, "chosen", "assistant")
@@ -734,74 +741,109 @@ def parse(record):
         answers = [str(a) for a in (answers if isinstance(answers, list) else [answers])]
         if answers in ([], ["None"]):
             raise ValueError("has neither \"answers\" nor \"chosen\" and \"rejected\"")
-        said += [("assistant", answers[0])]
-        if choices := record.get("choices"):            # the letter and the text are both right
-            letters = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", map(str, choices)))
-            said[-2] = "user", "\n".join([said[-2][1], *map("{0[0]}. {0[1]}".format, letters.items())])
-            answers += [b for a in answers for pair in letters.items() if a in pair for b in pair]
-        fields |= {"answers": tuple(dict.fromkeys(answers)),
-                   "category": str(record.get("category", "all")),
-                   "metric": str(record.get("metric", "choice" if choices else "exact"))}
-    if said and said[0][0] == "system":
-        fields["system"] = said.pop(0)[1]
+        choices = list(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", map(str, record.get("choices") or [])))
+        lines = [said[-1][1], *(f"{letter}. {text}" for letter, text in choices)]
+        said[-1:] = [("user", "\n".join(lines)), ("assistant", answers[0])]
+        answers += [both for a in answers for pair in choices if a in pair for both in pair]
+        fields["answers"] = tuple(dict.fromkeys(answers))       # letter and text are both right
+        fields["metric"] = str(record.get("metric", "choice" if choices else "exact"))
     if not said or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
         raise ValueError(f"\"{key}\" is not a list of question and answer in turns")
     texts = [text for _, text in said]
     return names, fields | {"turns": list(zip(texts[::2], texts[1::2]))}
 
 
-def progress(file, what):
-    size = os.path.getsize(file)
-    return tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=size <= SMALL,
-                desc=f"{file.name}: {what}, only once")
-
-
-def unroll(file, out):
-    """A JSON array as JSONL, a few megabytes at a time. Raises ValueError."""
+def unrolled(file):
+    """The records of a JSON array as lines; megabytes of it are in memory. Raises ValueError."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    with open(file, encoding="utf-8") as f, progress(file, "array to lines") as bar:
-        text, at, more = f.read(SMALL // 4).lstrip(), 1, True
-        while True:
-            at = gap.match(text, at).end()
-            if text[at:at + 1] == "]":
-                return
+    with open(file, encoding="utf-8") as f:
+        text, at = f.read(SMALL // 4).lstrip(), 1
+        while not text.startswith("]", at := gap.match(text, at).end()):
             try:
-                record, end = decode(text, at)
-            except ValueError:              # cut off, or wrong
+                record, at = decode(text, at)
+                yield json.dumps(record).encode() + b"\n"
+            except ValueError:                          # cut off, or wrong
                 more = f.read(SMALL // 4) if len(text) - at < 4 * SMALL else ""
                 if not more:
                     raise
                 text, at = text[at:] + more, 0
-                continue
-            out.write(json.dumps(record).encode() + b"\n")
-            bar.update(end - at)
-            at = end
 
 
-def measure(file, lines, out, stamp):
-    """Lines -> index: HEADER numbers, then the byte offset of every record that is not left out.
-    Every record is parsed, so that what is wrong with one is said before training begins."""
-    digest, offsets, several, pairs, at = hashlib.sha256(), array("Q"), 0, 0, 0
-    with progress(file, "index") as bar:
-        for number, line in enumerate(lines, 1):
-            digest.update(line)
-            if line.strip():
-                try:
-                    names, said = parse(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise BadInput(f"{file}: sample {number}: not a JSON line ({error})") from None
-                except ValueError as error:
-                    raise BadInput(f"{file}: sample {number}: {error}") from None
-                asked = sum(question.count("<image>") for question, _ in said["turns"])
-                if len(names) > 1 or names and asked > 1:
-                    several += 1
+class Lines:
+    """The records of one JSON or JSONL file, read one at a time. Where each begins is found once,
+    kept beside the file (if that is not allowed, among temporary files) and mapped into memory:
+
+        version, size and time of the file; records left out, records with a rejected answer;
+        sha256 of the lines (4 uint64); the offset of every record that is not left out
+
+    A large array is first turned into lines, a small one stays in memory."""
+
+    def __init__(self, file):
+        self.file, self.memory, self.path = file, None, file
+        try:
+            stat = file.stat()
+            self.stamp = [1, stat.st_size, stat.st_mtime_ns]
+            with open(file, "rb") as f:
+                is_array = f.read(64).lstrip()[:1] == b"["
+            if is_array and stat.st_size <= SMALL:
+                self.memory, out = io.BytesIO(), io.BytesIO()
+                self.build(unrolled(file), out, self.memory)
+                index = np.frombuffer(out.getvalue(), np.uint64)
+            else:
+                index = self.mapped(is_array)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{file}: cannot be read as JSON ({error})") from None
+        self.several, self.pairs = index[3:5].tolist()
+        self.digest, self.offsets = index[5:9].tobytes(), index[9:]
+
+    def mapped(self, is_array):
+        folder, name = self.file.parent.absolute(), self.file.name
+        if not os.access(folder, os.W_OK):
+            name = hashlib.sha256(str(folder).encode()).hexdigest()[:16] + "-" + name
+            folder = Path(tempfile.gettempdir())
+        index = folder / f"{name}.index"
+        self.path = folder / f"{name}.jsonl" if is_array else self.file
+        if not (index.exists() and self.path.exists() and
+                np.fromfile(index, np.uint64, 3).tolist() == self.stamp):
+            with contextlib.ExitStack() as stack:
+                out = stack.enter_context(written(index))
+                if is_array:
+                    self.build(unrolled(self.file), out, stack.enter_context(written(self.path)))
                 else:
-                    offsets.append(at)
-                    pairs += "rejected" in said
-            at += len(line)
-            bar.update(len(line))
-    out.write(np.array([*stamp, several, pairs], np.uint64).tobytes() + digest.digest())
-    out.write(offsets.tobytes())
+                    self.build(stack.enter_context(open(self.file, "rb")), out)
+        return np.memmap(index, np.uint64, "r")
+
+    def build(self, lines, out, copy=None):
+        """Write the index of `lines`, and the lines to `copy`. Every record is parsed here, so that
+        training does not stop at what is wrong with one."""
+        digest, offsets, several, pairs, at = hashlib.sha256(), array("Q"), 0, 0, 0
+        with tqdm(desc=f"{self.file.name}: index, only once", total=self.stamp[1], unit="B",
+                  unit_scale=True, leave=False, disable=self.stamp[1] <= SMALL or None) as bar:
+            for number, line in enumerate(lines, 1):
+                digest.update(line)
+                if copy:
+                    copy.write(line)
+                try:
+                    names, fields = parse(json.loads(line)) if line.strip() else ([], None)
+                except ValueError as error:
+                    what = "not a JSON line: " if isinstance(error, json.JSONDecodeError) else ""
+                    raise BadInput(f"{self.file}: sample {number}: {what}{error}") from None
+                if fields:
+                    marks = sum(question.count("<image>") for question, _ in fields["turns"])
+                    if len(names) > 1 or names and marks > 1:
+                        several += 1
+                    else:
+                        offsets.append(at)
+                        pairs += "rejected" in fields
+                at += len(line)
+                bar.update(len(line))
+        out.write(np.array([*self.stamp, several, pairs], np.uint64).tobytes() + digest.digest())
+        out.write(offsets.tobytes())
+
+    def __getitem__(self, i):
+        f = self.memory or opened(self.path, *self.stamp, os.getpid())
+        f.seek(int(self.offsets[i]))
+        return json.loads(f.readline())
 
 
 @contextlib.contextmanager
@@ -817,56 +859,9 @@ def written(path):
 
 
 @functools.cache
-def opened(path, stamp, process):
-    """One handle for each file and process: forks would share its position."""
+def opened(path, version, size, time, process):
+    """One handle for each file and process: a fork would share its position."""
     return open(path, "rb")
-
-
-class Lines:
-    """The records of one JSON or JSONL file, read one at a time: where each begins is found once,
-    kept beside the file (where that is not allowed: among temporary files) and mapped into memory."""
-
-    def __init__(self, file):
-        self.file, self.memory = file, None
-        try:
-            stat = file.stat()
-            self.stamp = 1, stat.st_size, stat.st_mtime_ns      # 1: version of the index
-            with open(file, "rb") as f:
-                is_array = f.read(64).lstrip()[:1] == b"["
-            if is_array and stat.st_size <= SMALL:
-                self.memory, index = io.BytesIO(), io.BytesIO()
-                unroll(file, self.memory)
-                self.memory.seek(0)
-                measure(file, self.memory, index, self.stamp)
-                index = np.frombuffer(index.getvalue(), np.uint64)
-            else:
-                index = self.mapped(is_array)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{file}: cannot be read as JSON ({error})") from None
-        self.several, self.pairs = index[3:5].tolist()
-        self.digest, self.offsets = index[5:9].tobytes(), index[9:]
-
-    def mapped(self, is_array):
-        folder, name = self.file.parent.absolute(), self.file.name
-        if not os.access(folder, os.W_OK):
-            name = hashlib.sha256(str(folder).encode()).hexdigest()[:16] + "-" + name
-            folder = Path(tempfile.gettempdir())
-        self.path, index = self.file, folder / (name + ".index")
-        if is_array:
-            self.path = folder / (name + ".jsonl")
-        if not (index.exists() and self.path.exists() and
-                tuple(np.fromfile(index, np.uint64, 3).tolist()) == self.stamp):
-            if is_array:
-                with written(self.path) as out:
-                    unroll(self.file, out)
-            with open(self.path, "rb") as lines, written(index) as out:
-                measure(self.file, lines, out, self.stamp)
-        return np.memmap(index, np.uint64, "r")
-
-    def __getitem__(self, i):
-        f = self.memory or opened(self.path, self.stamp, os.getpid())
-        f.seek(int(self.offsets[i]))
-        return json.loads(f.readline())
 
 
 class Records:
@@ -879,86 +874,79 @@ class Records:
     def __init__(self, file, image_root=None):
         self.file, self.order = Path(file), None
         folder = self.file.parent.absolute()
-        bases = [Path(base) for base in (image_root, folder, folder.parent) if base]
+        bases = [Path(base).absolute() for base in (image_root, folder, folder.parent) if base]
 
-        def find(entry, key):
+        def find(name):
             for base in bases:
-                if entry.get(key) and (base / entry[key]).exists():
-                    return base / entry[key]
-            raise BadInput(f"{file}: {key} {entry.get(key)} is nowhere below {bases[0]}; move it there "
-                           "or give --image-root")
+                if (base / name).exists():
+                    return base / name
+            raise BadInput(f"{file}: {name} is nowhere below {bases[0]}; give its --image-root")
 
-        sources = [(name, find(entry, "annotation"), find(entry, "root"))
-                   for name, entry in self.meta().items()]
-        sources = sources or [(self.file.stem, self.file, bases[0])]
-        self.names, files, roots = zip(*sources)
-        self.parts = [Lines(path) for path in files]
-        self.roots = [Path(os.path.abspath(root)) for root in roots]
-        self.starts = np.cumsum([0, *(len(part.offsets) for part in self.parts)])
-        self.left_out = {"several images": sum(part.several for part in self.parts)}
-        pairs, total = sum(part.pairs for part in self.parts), len(self)
-        if total == 0:
+        parts = [(name, find(entry["annotation"]), find(entry["root"]))
+                 for name, entry in self.meta().items()] or [(self.file.stem, self.file, bases[0])]
+        self.parts = [(name, Lines(path), Path(os.path.normpath(root)))
+                      for name, path, root in parts]
+        self.starts = np.cumsum([0, *(len(lines.offsets) for _, lines, _ in self.parts)])
+        self.left_out = {"several images": sum(lines.several for _, lines, _ in self.parts)}
+        pairs = sum(lines.pairs for _, lines, _ in self.parts)
+        if not len(self):
             raise BadInput(f"{file}: no samples in it")
-        if pairs not in (0, total):
-            raise BadInput(f"{file}: {pairs} of {total} samples have a rejected answer; split the file")
+        if pairs not in (0, len(self)):
+            raise BadInput(f"{file}: {pairs} of {len(self)} samples have \"rejected\"; split the file")
         self.preferences = pairs > 0
 
     def meta(self):
-        """MMPR's {name: {annotation, root}}, or {}."""
-        try:
+        """MMPR's {name: {annotation, root, ...}}, or {}."""
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             if self.file.suffix == ".json" and self.file.stat().st_size <= SMALL:
                 entries = json.loads(self.file.read_text("utf-8"))
-                if all("annotation" in entry for entry in entries.values()):
+                if all({"annotation", "root"} <= set(entry) for entry in entries.values()):
                     return entries
-        except (OSError, ValueError, AttributeError, TypeError):
-            pass                                                # not that; Lines says what is wrong
         return {}
 
     def __len__(self):
         return int(self.starts[-1]) if self.order is None else len(self.order)
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
         at = int(i if self.order is None else self.order[i])
-        k = int(np.searchsorted(self.starts, at, "right")) - 1
-        part, root, image = self.parts[k], self.roots[k], None
+        part = int(np.searchsorted(self.starts, at, "right")) - 1
+        (kind, lines, root), image = self.parts[part], None
         try:
-            record = part[at - self.starts[k]]
-            names, said = parse(record)
+            record = lines[at - self.starts[part]]
+            names, fields = parse(record)
         except (OSError, ValueError) as error:
-            raise BadInput(f"{part.file}: changed while it was read ({error}); start again") from None
+            raise BadInput(f"{lines.file}: changed while in use ({error}); start again") from None
+        name = str(record.get("id", at))
         if names:
             image = Path(os.path.normpath(root / names[0]))
             if not image.is_relative_to(root):
-                raise BadInput(f"{part.file}: sample {at + 1}: image {names[0]} is outside {root}; "
+                raise BadInput(f"{lines.file}: sample {name}: image {names[0]} is outside {root}; "
                                "mend the path or give --image-root")
-            if not image.exists():                              # MMPR says .jpg of some .gif files
+            if not image.exists():                      # MMPR says .jpg of some .gif files
                 others = map(image.with_suffix, SUFFIXES)
                 image = next((path for path in others if path.exists()), image)
-        return Sample(str(record.get("id", at)), image, kind=self.names[k], **said)
+        return Sample(name, image, kind=kind, **fields)
 
     def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
         """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
         whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
-        self.order = None
+        self.order, kept, long = None, [], 0
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        if max_prompt_chosen:
-            kept, self.left_out["too long"] = [], 0
-            for i in tqdm(order, f"{self.file.name}: selecting", leave=False):
-                if len(kept) == take:
-                    break
-                fits = prepare.count(self[i]) <= max_prompt_chosen
-                kept += [i] if fits else []
-                self.left_out["too long"] += not fits
-            order = kept
-        self.order = np.array(order[:take], np.int64)
-        if not len(self):
+        for i in tqdm(order[:None if max_prompt_chosen else take], f"{self.file.name}: selecting",
+                      leave=False, disable=None):
+            if len(kept) == take:
+                break
+            if max_prompt_chosen and prepare.count(self[i]) > max_prompt_chosen:
+                long += 1
+            else:
+                kept.append(i)
+        if not kept:
             raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
+        self.order, self.left_out["too long"] = np.array(kept), long
         return self
 
     def fingerprint(self):
         """A hash of the files and of what is selected from them."""
-        digest = hashlib.sha256(b"".join(part.digest for part in self.parts))
+        digest = hashlib.sha256(b"".join(lines.digest for _, lines, _ in self.parts))
         digest.update(b"" if self.order is None else self.order.tobytes())
         return digest.hexdigest()
