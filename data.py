@@ -204,50 +204,51 @@ class Row:
 def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
     turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
-    t, turns, last = TEMPLATES[template], sample.turns, len(sample.turns) - 1
+    t, last = TEMPLATES[template], len(sample.turns) - 1
     image = [IMAGE] * image_tokens if sample.image is not None else []
-    marked = [n for n, (question, _) in enumerate(turns) for _ in range(question.count("<image>"))]
-    if image and len(marked) > 1:
+    marks = [n for n, (question, _) in enumerate(sample.turns)
+             for _ in range(question.count("<image>"))]
+    if image and len(marks) > 1:
         raise BadInput(f"sample {sample.id}: more than one <image> for one picture; leave it out")
     end = tokenizer.template(t.end) or [tokenizer.end]
-    between = t.between.rstrip(" ")             # the space is the answer's: " yes" is one token
     cue = SPECIAL.split(t.between)[-1]          # what stands before an answer in the same text
-    start = tokenizer.encode(cue.rstrip(" "), cue != t.between)
-    system, _, rest = t.system.partition("{}")
-    opening = [system, sample.system or t.prompt, rest] if t.system else [""]
+    inside = cue != t.between                   # ... which a special token begins
+    start = tokenizer.encode(cue.rstrip(" "), inside)
 
-    def ask(question, before, image, inside):
-        """before: what the template puts in front, see Tokenizer.template."""
-        question = question.strip() if t.asks else ""
+    def ask(lead, question, image, inside):
+        """lead: what the template puts in front, see Tokenizer.template."""
+        lead, question = [*lead[:-1], lead[-1] + t.before], question.strip() if t.asks else ""
+        between = t.between.rstrip(" ")         # the space is the answer's: " yes" is one token
         if not image:
-            return tokenizer.template(*before, question, between, inside=inside)
-        if "<image>" not in question:
-            question = t.image + question
+            return tokenizer.template(*lead, question, between, inside=inside)
+        question = question if "<image>" in question else t.image + question
         head, tail = (part.strip(" ") for part in question.split("<image>"))
-        return (tokenizer.template(*before, head, inside=inside) + image +
-                tokenizer.template("", tail, between))
+        return (tokenizer.template(*lead, head, inside=inside) + image
+                + tokenizer.template("", tail, between))
 
     def say(answer):
         if answer is None:
             return []
-        ids = tokenizer.encode(cue + answer, cue != t.between)
+        ids = tokenizer.encode(cue + answer, inside)
         if ids[:len(start)] == start:
             return ids[len(start):] + end
         return tokenizer.encode(answer, True) + end     # its first letters would melt into the cue
 
+    system, _, rest = t.system.partition("{}")
+    lead = [system, sample.system or t.prompt, rest] if t.system else [""]
     pieces = [(tokenizer.template(t.first), 0, False)]          # (ids, segment, target)
     if sample.separate:
-        pieces += [(tokenizer.template(*opening) + image, 0, False)]
-        image, opening = [], [""]
-    for n, (question, answer) in enumerate(turns):
-        before = [t.after] if n else opening
-        before = [*before[:-1], before[-1] + t.before]
+        pieces += [(tokenizer.template(*lead) + image, 0, False)]
+    for n, (question, answer) in enumerate(sample.turns):
+        if sample.separate:
+            pieces += [(ask([""], question, [], False), n + 1, False), (say(answer), n + 1, True)]
+            continue
+        here = image if n == sum(marks[:1]) else []             # without a mark: the first turn
         context = sample.rejected is not None and n < last      # earlier turns are the prompt's
-        segment = n + 1 if sample.separate else 0 if context else 1
-        here = image if n == sum(marked[:1]) else []            # without a mark: the first turn
-        pieces += [(ask(question, before, here, n > 0 and t.end != ""),
-                    segment if n or sample.separate else 0, False),
+        segment = 0 if context else 1
+        pieces += [(ask(lead, question, here, n > 0 and t.end != ""), segment if n else 0, False),
                    (say(answer), segment, not context)]
+        lead = [t.after]
     if sample.rejected is not None:
         pieces += [(say(sample.rejected), 2, True)]
 
@@ -329,13 +330,13 @@ class Prepare:
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1)
                                for v in (encoder.image_mean, encoder.image_std))
 
-    def row(self, sample):
-        return encode(sample, self.tokenizer, self.template, self.image_tokens, self.max_length)
+    def row(self, sample, max_length=None):
+        return encode(sample, self.tokenizer, self.template, self.image_tokens,
+                      max_length or self.max_length)
 
     def count(self, sample):
         """Tokens of prompt and chosen response, however long."""
-        return len(encode(replace(sample, rejected=None), self.tokenizer, self.template,
-                          self.image_tokens, math.inf).tokens)
+        return len(self.row(replace(sample, rejected=None), math.inf).tokens)
 
     def picture(self, sample):
         """(3, H, W) float32, or None. Squared by resizing, as SigLIP does, or (crop) shortest edge
@@ -382,17 +383,16 @@ class Prepare:
         return collate(rows, pictures, index, self.image_size, paired, dummy)
 
 
+@functools.lru_cache(2)
+def permutation(length, seed):
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+
+
 def shuffled(step, batch, length, seed):
     """The sampler: data set indices of a step. A pure function of the step, so that resuming needs
     no state; every epoch is a new permutation, and batches run across its end."""
-    picked, orders = [], {}
-    for at in range(step * batch, (step + 1) * batch):
-        epoch = at // length
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
-            orders[epoch] = torch.randperm(length, generator=generator)
-        picked.append(int(orders[epoch][at % length]))
-    return picked
+    return [int(permutation(length, seed * 1000003 + at // length)[at % length])
+            for at in range(step * batch, (step + 1) * batch)]
 
 
 class Steps(torch.utils.data.Dataset):
@@ -753,8 +753,13 @@ def parse(record):
     return names, fields | {"turns": list(zip(texts[::2], texts[1::2]))}
 
 
-def unrolled(file):
-    """The records of a JSON array as lines; megabytes of it are in memory. Raises ValueError."""
+def lines_of(file, is_array):
+    """The lines of JSONL, or the records of a JSON array as such lines (bytes). No more than some
+    megabytes are in memory. Raises ValueError."""
+    if not is_array:
+        with open(file, "rb") as f:
+            yield from f
+        return
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     with open(file, encoding="utf-8") as f:
         text, at = f.read(SMALL // 4).lstrip(), 1
@@ -787,7 +792,7 @@ class Lines:
                 is_array = f.read(64).lstrip()[:1] == b"["
             if is_array and stat.st_size <= SMALL:
                 self.memory, out = io.BytesIO(), io.BytesIO()
-                self.build(unrolled(file), out, self.memory)
+                self.build(lines_of(file, True), out, self.memory)
                 index = np.frombuffer(out.getvalue(), np.uint64)
             else:
                 index = self.mapped(is_array)
@@ -805,12 +810,9 @@ class Lines:
         self.path = folder / f"{name}.jsonl" if is_array else self.file
         if not (index.exists() and self.path.exists() and
                 np.fromfile(index, np.uint64, 3).tolist() == self.stamp):
-            with contextlib.ExitStack() as stack:
-                out = stack.enter_context(written(index))
-                if is_array:
-                    self.build(unrolled(self.file), out, stack.enter_context(written(self.path)))
-                else:
-                    self.build(stack.enter_context(open(self.file, "rb")), out)
+            copy = written(self.path) if is_array else contextlib.nullcontext()
+            with written(index) as out, copy as copy:
+                self.build(lines_of(self.file, is_array), out, copy)
         return np.memmap(index, np.uint64, "r")
 
     def build(self, lines, out, copy=None):
@@ -892,7 +894,7 @@ class Records:
         if not len(self):
             raise BadInput(f"{file}: no samples in it")
         if pairs not in (0, len(self)):
-            raise BadInput(f"{file}: {pairs} of {len(self)} samples have \"rejected\"; split the file")
+            raise BadInput(f"{file}: {pairs} of {len(self)} samples have \"rejected\"; split it")
         self.preferences = pairs > 0
 
     def meta(self):
