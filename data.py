@@ -115,7 +115,7 @@ class Tokenizer:
                 hidden = ids.values()
             else:
                 import tokenizers
-                spec = json.loads(self.file.read_text("utf-8"))
+                spec = json.loads(self.file.read_text("utf-8")) | {"truncation": None, "padding": None}
                 hidden = [token["id"] for token in spec["added_tokens"] if token["special"]]
                 for token in spec["added_tokens"]:
                     ids[token["content"]], token["special"] = token["id"], True
@@ -744,8 +744,8 @@ def parse(record):
         choices = list(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", map(str, record.get("choices") or [])))
         lines = [said[-1][1], *(f"{letter}. {text}" for letter, text in choices)]
         said[-1:] = [("user", "\n".join(lines)), ("assistant", answers[0])]
-        answers += [both for a in answers for pair in choices if a in pair for both in pair]
-        fields["answers"] = tuple(dict.fromkeys(answers))       # letter and text are both right
+        also = [other for pair in choices if set(pair) & set(answers) for other in pair]
+        fields["answers"] = (*answers, *(a for a in also if a not in answers))  # letter and text
         fields["metric"] = str(record.get("metric", "choice" if choices else "exact"))
     if not said or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
         raise ValueError(f"\"{key}\" is not a list of question and answer in turns")

@@ -161,6 +161,9 @@ def test_a_picture_stands_where_it_is_asked_for(qwen):
 def test_template_is_chosen_from_the_folder(qwen, llama, tokenizer, tmp_path):
     assert data.choose_template(qwen) == data.choose_template(tokenizer.file.parent) == "chatml"
     assert data.choose_template(llama) == "chatml"              # it has the tokens
+    (tmp_path / "tokenizer.model").write_bytes((llama / "tokenizer.model").read_bytes())
+    assert data.choose_template(tmp_path) == "vicuna"           # <s> and </s> are all it has
+    (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tokenizer.json").write_bytes((qwen / "tokenizer.json").read_bytes())
     for template, name in [("{% for m in messages %}<|start_header_id|>...", "llama3"), ("USER: ", "vicuna")]:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
@@ -217,6 +220,8 @@ TURNS = [("<image>\nq", "c")]
      {"turns": [("q", "c"), ("so", "yes")], "rejected": "no", "system": "s"}),
     ({"image": "a.png", "question": "q", "answers": ["c", "d"], "category": "ocr", "metric": "anls"},
      {"turns": [("q", "c")], "answers": ("c", "d"), "category": "ocr", "metric": "anls"}),
+    ({"question": "q", "answers": ["c"] * 7 + ["d"] * 3}, {"answers": ("c",) * 7 + ("d",) * 3}),
+    ({"question": "q", "answer": "blue", "choices": ["red", "blue"]}, {"answers": ("blue", "B")}),
     ({"question": "q", "answer": 3}, {"turns": [("q", "3")], "answers": ("3",), "metric": "exact"}),
     ({"question": "q", "answer": "B", "choices": ["red", "blue"]},
      {"turns": [("q\nA. red\nB. blue", "B")], "answers": ("B", "blue"), "metric": "choice"})])
