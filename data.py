@@ -115,7 +115,8 @@ class Tokenizer:
                 hidden = ids.values()
             else:
                 import tokenizers
-                spec = json.loads(self.file.read_text("utf-8")) | {"truncation": None, "padding": None}
+                spec = json.loads(self.file.read_text("utf-8"))
+                spec |= {"truncation": None, "padding": None}
                 hidden = [token["id"] for token in spec["added_tokens"] if token["special"]]
                 for token in spec["added_tokens"]:
                     ids[token["content"]], token["special"] = token["id"], True
