@@ -56,7 +56,7 @@ class LLMConfig:
     tie_word_embeddings: bool = True
 
 
-# ------------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 def visible(sample_q, segment_q, column_q, sample_k, segment_k, column_k):
     """The one attention rule: a token sees an earlier token of its own sample if that one is in the prompt or in the
@@ -81,7 +81,7 @@ def heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-# --------------------------------------------------------------------------------------------------------------- encoder
+# ------------------------------------------------------------------------------------------ encoder
 
 class EncoderAttention(nn.Module):
     def __init__(self, c):
@@ -168,7 +168,7 @@ class Projector(nn.Sequential):
         super().__init__(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
 
 
-# ------------------------------------------------------------------------------------------------------------------- LLM
+# ---------------------------------------------------------------------------------------------- LLM
 
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
 
-# ------------------------------------------------------------------------------------------------------------------ MLLM
+# --------------------------------------------------------------------------------------------- MLLM
 
 def token_logps(hidden, head, target):
     """log softmax(hidden @ head.T)[target], fp32. hidden: (n, width), head: (vocab, width), target: (n,) -> (n,)"""
@@ -357,7 +357,7 @@ class SigLIP(nn.Module):
         return image @ text.T * self.scale.exp() + self.bias
 
 
-# --------------------------------------------------------------------------------------------------- the three folders
+# -------------------------------------------------------------------------------- the three folders
 
 def initialise(module, seed):
     """Fresh weights from a generator: normal, as wide as the layer wants; residual outputs and biases small."""
