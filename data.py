@@ -40,6 +40,7 @@ class Sample:
     kind: str = ""                      # question type, for tables
     category: str = ""                  # general | knowledge | ocr | vision
     region: np.ndarray | None = None    # (H, W) bool: what the question is about
+    detail: str = ""                    # what it is about: color, shape, ...
     separate: bool = False              # the turns are conversations of their own
 
 
@@ -327,6 +328,17 @@ ATTRIBUTES = {"color": ("what color is {}", "color", {}),
               "corners": ("how many corners has {}", "shape", SHAPES),
               "complement": ("which color complements {}", "color", OPPOSITE)}
 LOOKUP = ["where"] * 6 + ["spot", "exist", "exist", "color", "letter", "size"]
+TEXT_ONLY = "fact"                                      # a kind of question without a picture
+# free wording: which words are used says nothing about the picture
+PHRASES = ["a {0.size} {0.color} {0.texture} {0.shape} with {1}",
+           "a {0.texture} {0.shape}, {0.size} and {0.color}, with {1}",
+           "a {0.shape} with {1}, {0.color}, {0.texture} and {0.size}",
+           "a {0.color} {0.shape} that is {0.size} and {0.texture}, with {1}"]
+OPENINGS = ["", "i see", "well,", "sure, this is", "as far as i can tell,", "in this picture:",
+            "let me look closely:", "here is what i see:"]
+JOINTS = ["{0} is {1}.", "{0}: {1}.", "then, {0} is {1}.", "at {0} there is {1}."]
+CLOSINGS = ["", "that is all.", "i am quite sure.", "so it seems.", "nothing else stands out.",
+            "i hope this helps."]
 
 
 @dataclass
@@ -342,9 +354,9 @@ class Thing:
     x: int          # centre, pixels
     y: int
 
-    def text(self):
+    def text(self, phrase=PHRASES[0]):
         letter = "no letter" if self.letter == "none" else f"letter {self.letter}"
-        return f"a {self.size} {self.color} {self.texture} {self.shape} with {letter}"
+        return phrase.format(self, letter)
 
 
 @functools.cache
@@ -422,10 +434,20 @@ class Scene:
                           stencil(t.shape, t.size, "plain", t.tilt)[0])
         return np.array(covered) > 127
 
-    def caption(self, swap=(None, None)):
-        """Every object in reading order; swap = (thing, what to say instead of it)."""
-        things = [swap[1] if t is swap[0] else t for t in self.things]
-        return " ".join(f"{PLACES[t.place]} is {t.text()}." for t in things)
+    def caption(self):
+        """Every object in reading order, tersely."""
+        return " ".join(JOINTS[0].format(PLACES[t.place], t.text()) for t in self.things)
+
+    def describe(self, kind, things, words):
+        """An answer about one object or the whole scene; words draws its wording (None: terse)."""
+        def draw(options):
+            return words.choice(options) if words else options[0]
+
+        if kind == "object":
+            said = [things[0].text(draw(PHRASES)) + "." * bool(words)]
+        else:
+            said = [draw(JOINTS).format(PLACES[t.place], t.text(draw(PHRASES))) for t in things]
+        return " ".join(filter(None, [draw(OPENINGS), *said, draw(CLOSINGS)]))
 
     def misread(self, thing, detail, rng):
         """The thing with a detail wrong. A wrong colour is one that the scene does not have."""
@@ -433,9 +455,10 @@ class Scene:
         others = [value for value in DETAILS[detail] if value not in taken]
         return replace(thing, **{detail: rng.choice(others)})
 
-    def ask(self, kind, rng):
-        """A question of a kind: (question, answer, wrong answer, things it is about), or None if
-        the scene does not allow it; the wrong answer is None where count finds none.
+    def ask(self, kind, rng, words=None, errors=0.):
+        """A question of a kind: (question, answer, wrong answer, things it is about, detail), or
+        None if the scene does not allow it; the wrong answer is None where count finds none.
+        words, errors: wording and share of imperfect answers of descriptions.
 
         The wrong answer is drawn so that the two could be exchanged: given the question,
         (answer, wrong) and (wrong, answer) are equally likely over scenes, so that a model that
@@ -447,7 +470,12 @@ class Scene:
             if kind == "color" and rng.random() < .4 and self.one("shape", thing.shape):
                 key = "the " + thing.shape
             right, wrong = (getattr(t, detail) for t in (thing, self.misread(thing, detail, rng)))
-            return wording.format(key), say.get(right, right), say.get(wrong, wrong), [thing]
+            return (wording.format(key), say.get(right, right), say.get(wrong, wrong), [thing],
+                    detail)
+        if kind == TEXT_ONLY:
+            wording, say = rng.choice(FACTS)
+            right, wrong = rng.sample(list(say), 2)
+            return wording.format(right), say[right], say[wrong], [], kind
         if kind == "exist":
             yes, asked = rng.random() < .5, thing
             form = rng.choice(["{0.color}", "{0.shape}", "{0.color} {0.shape}"])
@@ -458,20 +486,21 @@ class Scene:
                 both = form == "{0.color} {0.shape}" and rng.random() < .5
                 asked = self.misread(thing, "shape" if both else "color", rng)
             answers = ("yes", "no") if yes else ("no", "yes")
-            return "is there any " + form.format(asked), *answers, [thing] if yes else []
+            return "is there any " + form.format(asked), *answers, [thing] if yes else [], kind
         if kind in ("where", "spot"):
             what = thing.color if kind == "where" else f"letter {thing.letter}"
             if kind == "spot" and (thing.letter == "none" or not self.one("letter", thing.letter)):
                 return None
             wrong = rng.choice([p for p in PLACES if p != PLACES[thing.place]])
-            return f"where is {what}", PLACES[thing.place], wrong, [thing]
+            return f"where is {what}", PLACES[thing.place], wrong, [thing], "place"
         if kind == "beside":
             across = 1 - 2 * (thing.place % 2)
             word, step = rng.choice([("beside", across), ("above", -2), ("below", 2)])
             for other in self.things:
                 if other.place == thing.place + step:
                     wrong = self.misread(thing, "color", rng).color
-                    return f"what color is {word} {thing.color}", other.color, wrong, [thing, other]
+                    return (f"what color is {word} {thing.color}", other.color, wrong,
+                            [thing, other], "place")
             return None
         if kind == "count":     # wrong: another scene's answer to the same question, if it differs
             name = rng.choice(["size", "texture"])
@@ -479,14 +508,37 @@ class Scene:
             here, there = ([t for t in scene.things if getattr(t, name) == value]
                            for scene in (self, Scene("probe", rng.getrandbits(40))))
             wrong = NUMBERS[len(there)] if len(there) != len(here) else None
-            return f"how many are {value}", NUMBERS[len(here)], wrong, here
-        wrong = self.misread(thing, rng.choice(list(DETAILS)), rng)
-        if kind == "object":
-            return f"describe {PLACES[thing.place]}", thing.text(), wrong.text(), [thing]
-        return "describe the picture", self.caption(), self.caption((thing, wrong)), [thing]
+            return f"how many are {value}", NUMBERS[len(here)], wrong, here, kind
+        question = "describe the picture" if kind == "scene" else f"describe {PLACES[thing.place]}"
+        right = self.things if kind == "scene" else [thing]
+        detail = rng.choice(list(DETAILS))
+        if words and words.random() < errors:           # good, but not perfect: both are wrong here
+            flaw = words.choice([d for d in DETAILS if d != detail])
+            right = [self.misread(t, flaw, words) if t is thing else t for t in right]
+        at = [t.place for t in right].index(thing.place)
+        wrong = [*right[:at], self.misread(right[at], detail, rng), *right[at + 1:]]
+        return question, *(self.describe(kind, t, words) for t in (right, wrong)), [thing], detail
+
+    def mistakes(self, kind, things, said):
+        """How many details a description has wrong: of one object, or of the scene's four places."""
+        parts = re.split(f"({'|'.join(PLACES)})", said)
+        heard = dict(zip(parts[1::2], parts[2::2])) if kind == "scene" else {"": said}
+        truth = {PLACES[t.place] if kind == "scene" else "": t for t in things}
+        wrong = 0
+        for place in {**heard, **truth}:
+            text = heard.get(place, "")
+            letters = re.findall(r"(?<!no )letter (\w)\b", text) + ["none"] * ("no letter" in text)
+            for detail, values in DETAILS.items():
+                found = [w for w in re.findall(r"\w+", text) if w in values]
+                found = letters if detail == "letter" else found
+                wrong += found != ([getattr(truth[place], detail)] if place in truth else [])
+        return wrong
 
     def one(self, name, value):
         return sum(getattr(t, name) == value for t in self.things) == 1
+
+
+FACTS = [("how many corners has a {}", SHAPES), ("which color complements {}", OPPOSITE)]
 
 
 class World:
@@ -497,47 +549,70 @@ class World:
               instruct     every kind of question once, and a description
               text         a description in words, then questions about it: no picture
               preferences  one question, right and wrong answer: one word, one object or the scene
-              questions    one question of each kind for each picture, for evaluation"""
+              questions    one question of each kind for each picture, and one without, for
+                           evaluation
+    wording   free: descriptions in many words that say nothing about the picture; terse: in one
+    errors    share of the preferences' descriptions whose chosen answer has a detail wrong, too
+    kinds     of preferences: a question's kind, "object" or "scene"; default: all, a third each
+    first     number of the first scene: runs of different seeds see different scenes
+    sampled   {i: (chosen, rejected)} of preferences whose two responses a model gave"""
+    asked = [*CATEGORY, TEXT_ONLY]          # kinds of content "questions", in turn
 
-    def __init__(self, content, split, length):
-        self.content, self.split, self.length = content, split, length
+    def __init__(self, content, split, length, wording="free", errors=.2, kinds=(), first=0):
+        self.content, self.split, self.length, self.wording = content, split, length, wording
+        self.errors, self.kinds, self.first, self.sampled = errors, list(kinds), first, {}
 
     def __len__(self):
         return self.length
 
+    def draw(self, i):
+        """(scene, its random numbers for wording, kind, what Scene.ask says) of sample i."""
+        scene = Scene(self.split, self.first + (i // len(self.asked) if self.content == "questions"
+                                                else i))
+        words = random.Random(f"words {self.split} {self.first + i}")
+        words, rng, asked, attempt = words if self.wording == "free" else None, scene.rng, None, 0
+        while self.content in ("questions", "preferences") and (not asked or asked[2] is None):
+            if self.content == "preferences":           # no neighbours, no letter of its own: again
+                kind = rng.choice(self.kinds or [rng.choice(list(CATEGORY)), "object", "scene"])
+            else:
+                kind, attempt = self.asked[i % len(self.asked)], attempt + 1
+                scene = scene if attempt < 9 else Scene(self.split, f"{i} {attempt}")
+            asked = scene.ask(kind, rng, words, self.errors)
+        return scene, words, asked and kind, asked
+
+    def mistakes(self, i, said):
+        """How wrong a response to preference i is: in details of a description, else 0 or 1."""
+        scene, _, kind, (_, answer, _, things, _) = self.draw(i)
+        if kind in CATEGORY:
+            return int(said != answer)
+        return scene.mistakes(kind, things if kind == "object" else scene.things, said)
+
     def __getitem__(self, i):
-        kinds, name = list(CATEGORY), f"{self.split}-{i}"
-        scene = Scene(self.split, i // len(kinds) if self.content == "questions" else i)
-        rng, asked, attempt = scene.rng, None, 0
+        scene, words, kind, asked = self.draw(i)
+        kinds, rng, name = list(CATEGORY), scene.rng, f"{self.split}-{self.first + i}"
         if self.content == "captions":
             return Sample(name, scene.image(), [("describe the picture", scene.caption())])
-        if self.content in ("questions", "preferences"):
-            while not asked or asked[2] is None:        # no neighbours, no letter of its own: again
-                if self.content == "preferences":
-                    kind = rng.choice([rng.choice(kinds), "object", "scene"])
-                else:
-                    kind, attempt = kinds[i % len(kinds)], attempt + 1
-                    scene = scene if attempt < 9 else Scene(self.split, f"{i} {attempt}")
-                asked = scene.ask(kind, rng)
-            question, answer, wrong, things = asked
-            return Sample(name, scene.image(), [(question, answer)], wrong, kind,
-                          CATEGORY.get(kind, kind), scene.mask(things))
+        if asked:
+            question, answer, wrong, things, detail = asked
+            answer, wrong = self.sampled.get(i, (answer, wrong))
+            image = scene.image() if kind != TEXT_ONLY else None
+            return Sample(name, image, [(question, answer)], wrong, kind, CATEGORY.get(kind, kind),
+                          scene.mask(things), detail)
         if self.content == "lookup":
             kinds = rng.choices(LOOKUP, k=12)
         else:
             rng.shuffle(kinds)
             kinds = kinds + ["object"] if rng.random() < .75 else kinds[:6] + ["scene"]
-        turns = dict.fromkeys(a[:2] for a in (scene.ask(kind, rng) for kind in kinds) if a)
+        turns = dict.fromkeys(a[:2] for a in (scene.ask(kind, rng, words) for kind in kinds) if a)
         if self.content != "text":
             return Sample(name, scene.image(), list(turns), separate=True)
-        shape, color = rng.choice(list(SHAPES)), rng.choice(list(COLORS))
-        return Sample(name, None, [("describe the picture", scene.caption()), *turns,
-                                   (f"how many corners has a {shape}", SHAPES[shape]),
-                                   (f"which color complements {color}", OPPOSITE[color])])
+        facts = [(say.format(what), answers[what]) for say, answers in FACTS
+                 for what in [rng.choice(list(answers))]]
+        return Sample(name, None, [("describe the picture", scene.caption()), *turns, *facts])
 
     def fingerprint(self):
         """Changes when the world changes: a hash of what its first samples say and show."""
-        digest = hashlib.sha256(f"{self.content} {self.split} {self.length}".encode())
+        digest = hashlib.sha256(repr(list(vars(self).values())).encode())
         for sample in map(self.__getitem__, range(24)):
             digest.update(repr((sample.turns, sample.rejected)).encode())
             digest.update(sample.image.tobytes() if sample.image else b"")

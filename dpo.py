@@ -82,6 +82,37 @@ def cached(reference, steps, file, identity, device):
     return lambda batch: table[batch.index]
 
 
+# -------------------------------------------------------------------------------- on-policy pairs
+
+@torch.no_grad()
+def sampled_pairs(model, data, wanted, prepare, seed, device, precision):
+    """Pairs of the policy's own responses: two at temperature 1 to each question, chosen the one
+    with fewer mistakes; without ties. Good, not perfect, and as worded as the model words.
+
+    data: a World of preferences. wanted: indices. Returns {index: (chosen, rejected)}."""
+    by_kind, pairs = {}, {}
+    for i in wanted:                            # short answers need not wait for long ones
+        by_kind.setdefault(data[i].kind, []).append(i)
+    batches = [at[k:k + 256] for at in by_kind.values() for k in range(0, len(at), 256)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for k in tqdm(range(rank, len(batches), world), "sampling", unit="batch", disable=rank > 0):
+        batch = prepare([data[i] for i in batches[k]], answers=False).to(device)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + k)
+        with precision:
+            said = [model.generate(batch, prepare.tokenizer.end, 96, 1., generator)
+                    for _ in range(2)]
+        for i, *both in zip(batches[k], *said):
+            both = sorted((data.mistakes(i, text), text)
+                          for text in map(prepare.tokenizer.decode, both))
+            if both[0][0] < both[1][0]:
+                pairs[i] = both[0][1], both[1][1]
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, pairs)
+        pairs = {i: pair for part in everyone for i, pair in part.items()}
+    return pairs
+
+
 def read_cache(file, key):
     """The cached table, or None if it is absent, damaged or somebody else's."""
     try:

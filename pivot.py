@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import probe
 from data import TEMPLATES, BadInput
-from dpo import cached, dpo_objective, frozen, reference_logps
+from dpo import cached, dpo_objective, frozen, reference_logps, sampled_pairs
 from model import (MLLM, Decoder, DecoderLayer, Encoder, EncoderConfig, EncoderLayer, LLMConfig,
                    SigLIP, hash_file, initialise, load_model, save_model, write_json)
 from sft import sft_objective
@@ -72,7 +72,7 @@ WORLD = {
     "sft": Stage(("instruct",), ALL, "sft", "preferences", 8192, 256, 32, 3e-4, 3e-4, "adamw"),
     "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 8192, 256, 32, 1e-4, 1e-4, "adamw"),
     "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 150, 32, .015, 0, "muon"),
-    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 800, 32, .015, 0, "muon"),
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 800, 32, .015, .0015, "muon"),
 }
 PAPER = {   # the appendix's hyper-parameters; every stage takes its data from --data
     "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),
@@ -80,10 +80,11 @@ PAPER = {   # the appendix's hyper-parameters; every stage takes its data from -
     "sft": Stage(("instruct",), ALL, "sft", "", 0, 0, 256, 5e-6, 5e-6, "adamw", 3),
     "dpo": Stage(("instruct",), ALL, "dpo", "", 0, 0, 256, 1e-6, 1e-6, "adamw", 3),
     "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),
-    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "", 0, 0, 256, 1e-5, 0, "adamw", 1),
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "", 0, 0, 256, 1e-5, 2e-6, "adamw", 1),
 }
 PRESETS = {"world": WORLD, "paper": PAPER,
            "toy": {k: replace(row, samples=64, steps=4, batch=8) for k, row in WORLD.items()}}
+SIZES = {"small": (64, 2, 4), "base": (128, 4, 4), "large": (192, 6, 6)}   # width, layers, heads
 LEAVES = {"encoder": ALL[:1], "llm": ALL[2:]}           # what a stage writes, if not all three parts
 
 
@@ -107,12 +108,22 @@ class Settings:
     eval_data: str = option(None, "the same, held out (default: the world's held-out scenes)")
     image_root: str = option(None, "folder that image paths start from (default: the data file's)")
     samples: int = option(None, "distinct samples of the world")
+    wording: str = option("free", "the world's descriptions: free wording or one", ["free", "terse"])
+    errors: float = option(.2, "share of the world's chosen descriptions with an error of their own")
+    pairs: str = option("mixed", "the world's preferences: drawn; sampled from the model that the "
+                        "stage starts from, where two responses differ in quality; or half and half",
+                        ["drawn", "sampled", "mixed"])
+    encoder_size: str = option("base", "world: size of the encoder that is made", list(SIZES))
+    llm_size: str = option("base", "world: size of the LLM that is made", list(SIZES))
     steps: int = option(None, "optimiser steps")
     epochs: float = option(None, "passes over the data (default: as many as --steps make)")
     batch: int = option(None, "samples per step, over all ranks and micro-batches")
     micro_batch: int = option(None, "samples per forward pass and rank (default: all at once)")
     lr: float = option(None, "peak learning rate")
     encoder_lr: float = option(None, "peak learning rate of the vision encoder")
+    projector_layers: int = option(0, "pivot: first layers of the projector beside --encoder that "
+                                   "are reused, frozen", [0, 1])
+    unfreeze: bool = option(False, "pivot: train the encoder, too")
     optimizer: str = option(None, "adamw; or muon, for hidden matrices", ["adamw", "muon"])
     warmup: float = option(.03, "share of the steps that warm up; a cosine to zero follows")
     clip: float = option(1., "gradient norm above which gradients are scaled down")
@@ -130,15 +141,15 @@ class Settings:
     eval_every: int = option(0, "steps between looks at held-out samples while training; 0: none")
     split: str = option("test", "scenes of the final tables; choose settings on validation",
                         ["validation", "test"])
-    eval_scenes: int = option(300, "scenes of the final tables: 12 questions, 4 pairs each")
+    eval_scenes: int = option(300, "scenes of the final tables: 13 questions, 4 pairs each")
     image: str = option(None, "chat: a picture (default: none)")
     question: str = option(None, "chat: a question (default: read them from standard input)")
     model: str = option(None, "chat: a stage's folder (default: the run's dpo, sft or instruct)")
 
 
 # handed on to the earlier stages that a stage has to run first
-SHARED = ("runs", "preset", "seed", "max_length", "template", "select_layer", "dtype", "workers",
-          "eval_scenes")
+SHARED = ("runs", "preset", "seed", "wording", "encoder_size", "llm_size", "max_length", "template",
+          "select_layer", "dtype", "workers", "eval_scenes")
 # may change between a run and its continuation; settings that name files count by their content
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "image_root",
         "micro_batch", "workers", "save_every", "eval_every", "image", "question", "model")
@@ -212,10 +223,13 @@ def schedule(step, steps, warmup):
     return .5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
-def freeze(model, row):
-    """Only the parts that the stage trains get gradients, and of the encoder only what runs."""
+def freeze(model, row, reused=0):
+    """Only the parts that the stage trains get gradients, and of the encoder only what runs.
+    reused: first layers of the projector that stay as they are."""
     for name, module in model.named_children():
         module.requires_grad_(name in row.trains or row.objective == "contrastive")
+    if reused:
+        model.projector[0].requires_grad_(False)
     for module in model.encoder.unused() if model.encoder else ():
         module.requires_grad_(False)
 
@@ -384,7 +398,8 @@ def inputs(s, device):
                 raise BadInput(f"--{made[0]}: name a folder; preset {s.preset} does not make one")
             say(f"{s.stage} needs {need}, which is not there yet")
             shared = {k: getattr(s, k) for k in SHARED}
-            shared |= {"encoder": s.encoder} if s.stage == "pivot" else {}
+            if s.stage == "pivot":
+                shared |= {"encoder": s.encoder, "projector_layers": s.projector_layers}
             run_stage(resolve(Settings(stage=need, name=home, base=s.base, **shared)), device)
         given |= {part: str(earlier / part) for part in made}
     return given
@@ -393,6 +408,8 @@ def inputs(s, device):
 def run_stage(s, device):
     """Inputs, data, model, loop; then the folders that the stage leaves, and its tables."""
     row, folder = PRESETS[s.preset][s.stage], Path(s.runs) / s.name / s.stage
+    if s.stage == "pivot" and s.unfreeze:
+        row = replace(row, trains=ALL)
     settings = {k: v for k, v in asdict(s).items() if k not in FREE}
     same_or_refuse(folder, settings)
     parts = inputs(s, device)
@@ -404,12 +421,15 @@ def run_stage(s, device):
         raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
     split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
     dataset = (data.Records(s.data, s.image_root) if s.data else
-               data.World(row.content, split, s.samples))
+               data.World(row.content, split, s.samples, s.wording, s.errors,
+                          first=s.seed * 1_000_000))
     held_out = (data.Records(s.eval_data, s.image_root) if s.eval_data else
                 None if s.data else data.World(row.content, s.split, 512))
     for d in (dataset, held_out):
         if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
             raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
+    if s.projector_layers and s.stage == "pivot-align":
+        parts["projector"] = str(Path(parts["encoder"]).parent / "projector")
     hashes = {part: hash_weights(at) for part, at in parts.items()}
     if "llm" not in parts and first():
         data.train_tokenizer(folder / "tokenizer")
@@ -426,22 +446,30 @@ def run_stage(s, device):
     dist.barrier()
 
     # ---- model
-    llm = LLMConfig(vocab_size=len(tokenizer))
+    width, depth, n = SIZES[s.llm_size]
+    llm = LLMConfig(len(tokenizer), width, 3 * width, depth - 1, 2 * n, n)
     if s.stage == "encoder":
+        width, depth, n = SIZES[s.encoder_size]
         text = Decoder(replace(llm, num_hidden_layers=2))
-        model = initialise(SigLIP(Encoder(EncoderConfig(), select_layer=0), text), s.seed)
+        model = initialise(SigLIP(Encoder(EncoderConfig(width, 4 * width, depth, n),
+                                          select_layer=0), text), s.seed)
     elif s.stage == "llm":
         model = initialise(MLLM(None, None, Decoder(llm)), s.seed)
     else:
         model = load_model(parts["encoder"], parts.get("projector"), parts["llm"], s.select_layer,
                            s.seed)
+    if s.projector_layers and s.stage == "pivot-align":
+        initialise(model.projector[2], s.seed)          # the second layer is fresh
     before = full_state(model) if first() else None
-    freeze(model.to(device), row)
+    freeze(model.to(device), row, s.projector_layers)
 
     # ---- train
     encoder = model.encoder.config if model.encoder else EncoderConfig()
     prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
                            responses=2 if row.objective == "dpo" else 1)
+
+    if isinstance(dataset, data.World) and row.content == "preferences" and s.pairs != "drawn":
+        dataset.sampled = on_policy(s, model, dataset, prepare, settings, device)
 
     def in_steps(samples, epochs=1, steps=None):
         steps = steps or math.ceil(epochs * len(samples) / s.batch)
@@ -485,13 +513,30 @@ def run_stage(s, device):
     say("\n\n".join(report) + f"\n\n{folder}: done")
 
 
+def on_policy(s, model, dataset, prepare, settings, device):
+    """The sampled share of the world's preferences; sft and dpo of a run see the same ones."""
+    file = Path(s.runs) / s.name / "sampled.json"
+    key = {k: settings[k] for k in ("inputs", "seed", "samples", "pairs", "template", "dtype")}
+    known = json.loads(file.read_text()) if file.exists() else {}
+    dist.barrier()
+    if known.get("key") != key:
+        wanted = range(0, s.samples, 1 + (s.pairs == "mixed"))
+        pairs = sampled_pairs(model, dataset, wanted, prepare, s.seed, device,
+                              probe.autocast(device, s.dtype))
+        known = {"key": key, "pairs": pairs}
+        if first():
+            write_json(file, known)
+    say(f"{len(known['pairs'])} of {s.samples} pairs are the model's own")
+    return {int(i): tuple(pair) for i, pair in known["pairs"].items()}
+
+
 def measure(s, folder, parts, pairs, prepare, device):
     """Tables of the model that the stage left, beside the one that it started from: questions and
     pairs about the world's held-out scenes, or a user's held-out pairs."""
     questions = None
     if not s.data:
         pairs = data.World("preferences", s.split, 4 * s.eval_scenes)
-        questions = data.World("questions", s.split, len(data.CATEGORY) * s.eval_scenes)
+        questions = data.World("questions", s.split, len(data.World.asked) * s.eval_scenes)
     elif not pairs or not pairs.preferences:
         return []
     setup = {k: getattr(s, k) for k in ("split", "template", "max_length", "select_layer", "dtype",
@@ -543,8 +588,9 @@ def arguments(argv=None):
         text = f.metadata["help"]
         if "(default" not in text:
             text += f" (default: {'see below' if f.default is None else f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
-                            choices=f.metadata["choices"], help=text)
+        kind = ({"action": "store_true"} if f.type is bool else
+                {"type": f.type, "default": f.default, "choices": f.metadata["choices"]})
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     columns = [f.name for f in fields(Stage) if f.name not in ("needs", "trains")]
     rows = [["stage", *columns]] + [[name, *(str(getattr(row, c)) for c in columns)]
                                     for name, row in WORLD.items()]

@@ -222,7 +222,7 @@ def tables(results, beta):
         for kind, (n, _, grey, majority, category) in after["questions"].items():
             row = [n, majority, grey, *(results[s]["questions"][kind][1] for s in sides)]
             rows.append([category, kind, *row])
-            for key in (category, "all", *(["visual"] if category != "knowledge" else [])):
+            for key in (category, "all", *(["visual"] if category not in ("knowledge", "fact") else [])):
                 total[key] = [a + b for a, b in zip(total[key], row)]
         rows.sort(key=lambda row: row[0])
         rows += [[key, "", *total[key]] for key in (*sorted(set(total) - {"visual", "all"}),
