@@ -602,7 +602,8 @@ class World:
             kinds = rng.choices(LOOKUP, k=12)
         else:
             rng.shuffle(kinds)
-            kinds = kinds + ["object"] if rng.random() < .75 else kinds[:6] + ["scene"]
+            described = rng.choices(["", "object", "scene"], [.5, .4, .1])[0]
+            kinds = [*kinds, TEXT_ONLY, *([described] if described else [])]
         turns = dict.fromkeys(a[:2] for a in (scene.ask(kind, rng, words) for kind in kinds) if a)
         if self.content != "text":
             return Sample(name, scene.image(), list(turns), separate=True)

@@ -13,7 +13,9 @@ import functools
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -84,6 +86,7 @@ PAPER = {   # the appendix's hyper-parameters; every stage takes its data from -
 }
 PRESETS = {"world": WORLD, "paper": PAPER,
            "toy": {k: replace(row, samples=64, steps=4, batch=8) for k, row in WORLD.items()}}
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}      # FLOP/s, see meter
 SIZES = {"small": (64, 2, 4), "base": (128, 4, 4), "large": (192, 6, 6)}   # width, layers, heads
 LEAVES = {"encoder": ALL[:1], "llm": ALL[2:]}           # what a stage writes, if not all three parts
 
@@ -278,8 +281,12 @@ def save_resume(folder, step, model, optimizers):
     """Write beside the old save, rename, delete the old one: a whole one is there at any moment."""
     old, final = saves(folder), folder / "train" / f"step-{step}"
     # alone, no collectives: gloo's threads would start OpenMP teams that slow the main one down
-    dcp.save(resume_state(model, optimizers), checkpoint_id=final.with_suffix(".tmp"),
-             no_dist=dist.get_world_size() == 1)
+    try:
+        dcp.save(resume_state(model, optimizers), checkpoint_id=final.with_suffix(".tmp"),
+                 no_dist=dist.get_world_size() == 1)
+    except (OSError, dcp.api.CheckpointException) as error:
+        raise BadInput(f"{final}: cannot be saved ({error}); the save before it is whole: make room "
+                       "and start the same command again") from None
     if first():
         os.replace(final.with_suffix(".tmp"), final)
         for _, path in old:
@@ -311,14 +318,38 @@ def same_or_refuse(folder, settings):
     return finished(folder)
 
 
+def meter(sums, seconds, waited, device):
+    """Speed of a step over all ranks: what log.jsonl keeps of it. Model FLOPs, see probe.flops;
+    utilisation (mfu) against the datasheet's dense bf16 peak; waiting: share of time without data."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else ""
+    peak = next((v for k, v in PEAK.items() if k in name), None)
+    rate = sums["flops"] / seconds / dist.get_world_size()
+    memory = (torch.cuda.max_memory_allocated() if cuda else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {"samples_per_s": sums["samples"] / seconds, "tokens_per_s": sums["tokens"] / seconds,
+            "tflops": rate / 1e12, **({"mfu": rate / peak} if peak else {}),
+            "peak_gb": memory / 2 ** 30, "waiting": waited / seconds}
+
+
 # ----------------------------------------------------------------------------- the training loop
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved all it needs to go on."""
+
+
 
 def train(s, objective, folder, model, steps, held_out, references, device):
     """A stage's loop: fetch, forward, backward, clip, step, log, save. Interrupted, it goes on
     from its last save. steps[k] are the micro-batches of this rank for step k. references: for DPO
     two functions batch -> (samples, 2), for the steps and for what is held out."""
     optimizers, log, start = make_optimizers(model, s), folder / "log.jsonl", 0
+    trains = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
+    whole = isinstance(model, MLLM) and model.encoder is not None
+    stop = []                                    # a signal asks: finish the step, save, leave
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.append(1))
     for start, save in saves(folder)[-1:]:
         dcp.load(resume_state(model, optimizers), checkpoint_id=save,
                  no_dist=dist.get_world_size() == 1)
@@ -328,49 +359,56 @@ def train(s, objective, folder, model, steps, held_out, references, device):
 
     def forward(batch, reference):
         """Loss summed over a micro-batch; numbers to add up over micro-batches and ranks."""
+        lengths = (batch.sample >= 0).sum(1).tolist()
+        work = probe.flops(model, lengths, len(batch.target), trains, batch.images) if whole else 0
         batch = batch.to(device)
         if reference:
             batch.ref = reference(batch)
         with probe.autocast(device, s.dtype):   # bf16 over fp32 master weights; loss in fp32
             loss, count, metrics = objective(model, batch)
         weight = 0. if batch.dummy else 1.
-        sums = {"loss": loss.detach(), "count": count, "samples": len(batch), **metrics}
+        sums = {"loss": loss.detach(), "count": count, "samples": len(batch),
+                "tokens": sum(lengths), "flops": work, "stop": len(stop), **metrics}
         return loss * weight, {k: weight * float(v) for k, v in sums.items()}
 
     def total(parts):
         """Add up dicts of numbers, over all ranks too. The loss is per count, metrics per sample."""
         sums = torch.tensor([list(p.values()) for p in parts], dtype=torch.float64).sum(0)
         dist.all_reduce(sums := sums.to(device))
-        loss, count, samples, *rest = sums.tolist()
-        metrics = {k: v / samples for k, v in zip(list(parts[0])[3:], rest)}
-        return {"loss": loss / count, **metrics}, count, samples
+        sums = dict(zip(parts[0], sums.tolist()))
+        means = {k: v / sums["samples"] for k, v in list(sums.items())[6:]}
+        return {"loss": sums["loss"] / max(1, sums["count"]), **means}, sums
 
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, len(steps)),
-                                         num_workers=s.workers)
+                                         num_workers=s.workers, pin_memory=device.type == "cuda")
     bar = tqdm(loader, s.stage, len(steps), initial=start, unit="step", disable=not first(),
                dynamic_ncols=True)
-    clock = time.perf_counter()
+    clock, bad = time.perf_counter(), 0
     for step, batches in enumerate(bar, start):
-        parts = []
-        for batch in batches:
+        waited, parts = time.perf_counter() - clock, []
+        for k, batch in enumerate(batches):
+            if isinstance(model, FSDPModule):       # gradients meet once a step
+                model.set_requires_gradient_sync(k == len(batches) - 1)
             loss, sums = forward(batch, references[0])
             loss.backward()
             parts.append(sums)
-        means, count, samples = total(parts)
+        means, sums = total(parts)
 
         # gradients of a sum, averaged over ranks by FSDP: make them the step's mean, however split
-        torch._foreach_mul_([p.grad for p in trained], dist.get_world_size() / count)
-        norm = full(torch.nn.utils.clip_grad_norm_(trained, s.clip))
+        torch._foreach_mul_([p.grad for p in trained], dist.get_world_size() / max(1, sums["count"]))
+        norm = float(full(torch.nn.utils.clip_grad_norm_(trained, s.clip)))
+        bad = 0 if math.isfinite(means["loss"]) and math.isfinite(norm) else bad + 1
         rate = schedule(step, len(steps), s.warmup)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-            optimizer.step()
+            if not bad:                             # a step that is not finite is skipped
+                optimizer.step()
             optimizer.zero_grad()
 
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        line = {"step": step, **means, "grad_norm": float(norm), "lr": s.lr * rate,
-                "samples_per_s": samples / seconds}
+        line = {"step": step, **means, "grad_norm": norm, "lr": s.lr * rate, "skipped": bad,
+                **meter(sums, seconds, waited, device)}
         if s.eval_every and (step + 1) % s.eval_every == 0:
             with torch.no_grad():
                 line["held_out"] = total([forward(batch, references[1])[1] for k in
@@ -378,10 +416,18 @@ def train(s, objective, folder, model, steps, held_out, references, device):
         if first():
             with open(log, "a") as f:
                 f.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(f"loss {means['loss']:.3f}, {samples / seconds:.0f} samples/s",
-                                refresh=False)
-        if (step + 1) % s.save_every == 0 or step + 1 == len(steps):
+            bar.set_postfix_str(f"loss {means['loss']:.3f}, {line['samples_per_s']:.0f} samples/s, "
+                                f"{line['tflops']:.2g} TFLOP/s", refresh=False)
+        if bad == 3:
+            index = data.shuffled(step, s.batch, len(steps.data), s.seed)
+            raise BadInput(f"{folder}: loss or gradient not finite in steps {step - 2} to {step}; "
+                           f"the last step's samples: {', '.join(steps.data[i].id for i in index)}; "
+                           f"look at them or lower --lr; {folder / 'train'} holds the last good save")
+        if (step + 1) % s.save_every == 0 or step + 1 == len(steps) or sums["stop"]:
             save_resume(folder, step + 1, model, optimizers)
+        if sums["stop"] and step + 1 < len(steps):
+            raise Stopped(f"{folder}: stopped after step {step + 1} of {len(steps)}, all saved; the "
+                          "same command goes on from there")
 
 
 # ------------------------------------------------------------------------------------- one stage
@@ -450,7 +496,7 @@ def run_stage(s, device):
     llm = LLMConfig(len(tokenizer), width, 3 * width, depth - 1, 2 * n, n)
     if s.stage == "encoder":
         width, depth, n = SIZES[s.encoder_size]
-        text = Decoder(replace(llm, num_hidden_layers=2))
+        text = Decoder(LLMConfig(len(tokenizer), num_hidden_layers=2))
         model = initialise(SigLIP(Encoder(EncoderConfig(width, 4 * width, depth, n),
                                           select_layer=0), text), s.seed)
     elif s.stage == "llm":
@@ -497,6 +543,9 @@ def run_stage(s, device):
     # ---- the folders it leaves, and its tables
     after, report = full_state(model), [f"# {s.name}/{s.stage}"]
     if first():
+        probe.check_moved(before, after, [
+            n for n, p in model.named_parameters()
+            if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)])
         has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
         save_model(folder, after, has["encoder"] and encoder, has["projector"],
                    has["llm"] and model.llm.config, tokenizer)
@@ -605,9 +654,9 @@ def main(argv=None):
     try:
         s = resolve(asked)
         (chat if s.stage == "chat" else run_stage)(s, device)
-    except BadInput as error:
+    except (BadInput, Stopped) as error:
         print(f"pivot: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, BadInput) else 143)
     finally:
         dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from data import BadInput
 from model import load_model
 
 BATCH = 128
@@ -153,22 +154,23 @@ def evaluate(parts, select_layer, pairs, questions, prepare, device, dtype):
 
 # ------------------------------------------------------------------------------------------ cost
 
-def flops(encoder, llm, layers, length, targets, trains, images=1):
-    """Floating-point operations of one training sample; a multiply-add is two. Forward, per token:
+def flops(model, lengths, targets, trains, images):
+    """Floating-point operations of a training step on rows of so many tokens; a multiply-add is
+    two. Forward:
 
-        encoder     layers * (2 (4 d^2 + 2 d f)       + 4 d tokens) + 2 * 3 p^2 d
-        projector   2 (d D + D^2)
-        llm         layers * (2 (2 D q + 2 D k + 3 D F) + 4 q length), and 2 D V per target
+        encoder     per token  layers * (2 (4 d^2 + 2 d f) + 4 d tokens) + 2 * 3 p^2 d
+        projector   per token  2 (d D + D^2)
+        llm         per token  layers * (2 (2 D q + 2 D k + 3 D F) + 4 q length); per target 2 D V
 
     d, f / D, F: width and MLP width of encoder / LLM; q, k: width of all query / key heads; V: the
     vocabulary; p: the patch. The last term of a layer is attention (dense). Backward costs a matrix
     once more for its weights, if its part trains, and once more for its inputs, if anything that
     trains lies before it; attention, which has two inputs, twice more. Recomputation is not counted.
 
-    encoder, llm: configs. layers: how many of the encoder's run. length: tokens of the row.
-    targets: tokens with a logit. trains: names of the parts that train."""
+    model: an MLLM (its configs count). targets: tokens with a logit. trains: names of parts."""
+    encoder, llm, layers = model.encoder.config, model.llm.config, len(model.encoder.used())
     n, d, f, p = encoder.tokens, encoder.hidden_size, encoder.intermediate_size, encoder.patch_size
-    width, q, tokens = llm.hidden_size, llm.hidden_size, n * images
+    width, q, tokens, length = llm.hidden_size, llm.hidden_size, n * images, sum(lengths)
     k = q * llm.num_key_value_heads // llm.num_attention_heads
     depth = llm.num_hidden_layers
     steps = [       # in the order of the forward pass: (part, matrices, attention)
@@ -176,7 +178,7 @@ def flops(encoder, llm, layers, length, targets, trains, images=1):
         ("encoder", tokens * layers * 2 * (4 * d * d + 2 * d * f), tokens * layers * 4 * d * n),
         ("projector", tokens * 2 * d * width, 0), ("projector", tokens * 2 * width * width, 0),
         ("llm", length * depth * 2 * (2 * width * (q + k) + 3 * width * llm.intermediate_size),
-         length * depth * 4 * q * length),
+         sum(l * l for l in lengths) * depth * 4 * q),
         ("llm", targets * 2 * width * llm.vocab_size, 0)]
     total, below = 0, False
     for part, matrices, attention in steps:
@@ -212,6 +214,17 @@ def moved(before, after):
     return markdown(["part", "parameters", "moved", "relative change"],
                     [[part, n, count, f"{(change / old) ** .5:.2e}"]
                      for part, (change, old, count, n) in sums.items()])
+
+
+def check_moved(before, after, trained):
+    """A block of which no trained parameter moved got no gradient: an error, not a table's row."""
+    blocks = defaultdict(bool)
+    for name in trained:
+        block = re.sub(r"(\.\d+)\..*|\.[^.]*$", r"\1", name)
+        blocks[block] |= not torch.equal(before[name], after[name])
+    for block, did in blocks.items():
+        if not did:
+            raise BadInput(f"{block} was to train and did not move: does any sample reach it?")
 
 
 def tables(results, beta):

@@ -80,6 +80,5 @@ def test_flops_against_torchs_counter(net, prepare, pairs, trains, monkeypatch):
         if trains:
             logps.sum().backward()
     counted = counter.get_total_flops()
-    expected = probe.flops(net.encoder.config, net.llm.config, len(net.encoder.used()), batch.tokens.shape[1],
-                           len(batch.target), trains)
+    expected = probe.flops(net, [batch.tokens.shape[1]], len(batch.target), trains, images=1)
     assert expected == pytest.approx(counted, rel=1e-3)
