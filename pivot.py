@@ -98,7 +98,7 @@ def option(default, help, choices=None):
 @dataclass
 class Settings:
     """The command line. None: the stage's row in the table decides."""
-    stage: str = option("dpo", "what to run", [*WORLD, "chat"])
+    stage: str = option("dpo", "what to run", [*WORLD, "probe", "chat"])
     name: str = option(None, "name of the run, written to RUNS/NAME/STAGE (default: the preset)")
     base: str = option(None, "run whose earlier stages this one starts from (default: the preset)")
     runs: str = option("runs", "folder of all runs")
@@ -165,7 +165,7 @@ def resolve(s):
         cuda = torch.cuda.is_available()
         bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
         s = replace(s, dtype="bfloat16" if bf16 else "float32")
-    if s.stage == "chat":
+    if s.stage in ("chat", "probe"):
         return s
     if s.stage not in PRESETS[s.preset]:
         raise BadInput(f"--stage {s.stage}: preset {s.preset} has no such stage")
@@ -607,6 +607,44 @@ def measure(s, folder, parts, pairs, prepare, device):
     return probe.tables(results, s.beta)
 
 
+def run_probe(s, device):
+    """Every probe on every encoder of the run NAME and of runs NAME-..., side by side; and the base
+    model's gradient maps, SFT's and DPO's, on held-out pairs of this seed."""
+    runs, folder = Path(s.runs), Path(s.runs) / s.name / "probe"
+    encoders = {f"{home.name[len(s.name) + 1:]} {stage}".strip(): str(home / stage / "encoder")
+                for home in sorted(runs.glob(f"{s.name}*")) if home.name[len(s.name):][:1] in ("", "-")
+                for stage in ("encoder", "instruct", "sft", "dpo") if finished(home / stage)}
+    base, llm = runs / s.base / "instruct", runs / s.base / "llm" / "llm"
+    if not encoders or not finished(base):
+        raise BadInput(f"{runs}: no finished stage of {s.name}, or none of {s.base}; train one first")
+    settings = {k: getattr(s, k) for k in ("seed", "split", "wording", "errors", "select_layer")}
+    settings |= {"inputs": {name: hash_weights(at) for name, at in encoders.items()}}
+    if same_or_refuse(folder, settings):
+        return say((folder / "report.md").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    encoders = {name: (at, str(Path(at).parent / "projector")) if "instruct" in name or
+                name.split()[-1] in ("sft", "dpo") else at for name, at in encoders.items()}
+    results = probe.probes(encoders, llm=llm, select_layer=s.select_layer, seed=s.seed,
+                           device=device, out=folder)
+
+    pairs = data.World("preferences", s.split, 600, s.wording, s.errors, first=s.seed * 1000)
+    model = load_model(base / "encoder", base / "projector", base / "llm", s.select_layer)
+    made = json.loads((base / "settings.json").read_text())
+    prepare = data.Prepare(data.Tokenizer(base / "llm"), made["template"], model.encoder.config,
+                           made["max_length"], responses=2)
+    samples = [pairs[i] for i in range(len(pairs))]
+    maps, rows = probe.gradient_maps(model.to(device), samples, prepare, device, s.beta)
+    shown = [[r["sample"] for r in rows if r["answer"] == kind][:2]
+             for kind in ("one word", "object", "scene")]
+    shown = [i for few in shown for i in few]
+    probe.gradient_picture([samples[i] for i in shown], maps[shown], folder / "gradients.png")
+    write_json(folder / "results.json", {"probes": results, "gradients": rows})
+    text = "\n\n".join([f"# {s.name}/probe", *probe.probe_tables(results)])
+    (folder / "report.md").write_text(text + "\n")
+    write_json(folder / "settings.json", settings | {"finished": True})
+    say(text + f"\n\n{folder}: done")
+
+
 # ---------------------------------------------------------------------------- chat, command line
 
 def chat(s, device):
@@ -653,7 +691,7 @@ def main(argv=None):
     device = setup()
     try:
         s = resolve(asked)
-        (chat if s.stage == "chat" else run_stage)(s, device)
+        {"chat": chat, "probe": run_probe}.get(s.stage, run_stage)(s, device)
     except (BadInput, Stopped) as error:
         print(f"pivot: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, BadInput) else 143)
