@@ -4,6 +4,7 @@ they make; and the folders that they are kept in.
 Modules and parameters carry the names of Hugging Face's checkpoints (SigLIP's vision model; Qwen2's
 and Llama's decoder), so that loading is load_state_dict and what we save opens there.
 """
+import functools
 import hashlib
 import json
 import math
@@ -416,8 +417,8 @@ def initialise(module, seed):
 
 
 # ------------------------------------------------------------------------------ checkpoint folders
-# Where families differ, tables differ: what their two JSON files mean where they say nothing, and
-# how their tensors' names become SigLIP's.
+# Where families differ, tables differ: what their JSON files mean where they do not say, and the
+# rules that make SigLIP's names of their tensors' names.
 
 SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
          "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
@@ -430,11 +431,11 @@ IMAGENET = {"image_mean": [.485, .456, .406], "image_std": [.229, .224, .225]}
 VIT = {"class_token": True, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "resample": 2,
        "image_processor_type": "ViTImageProcessor"}
 DINO = {"class_token": True, "hidden_act": "gelu", "mlp_ratio": 4, "layer_scale": True, "size": 256,
-        "crop_size": 224, "do_center_crop": True, "image_processor_type": "BitImageProcessor",
-        **IMAGENET}
-FAMILIES = {"siglip_vision_model": SIGLIP, "clip_vision_model": CLIP, "dinov2": DINO,
-            "dinov2_with_registers": DINO | {"num_register_tokens": 4},
+        "crop_size": 224, "do_center_crop": True, "image_processor_type": "BitImageProcessor"}
+FAMILIES = {"siglip_vision_model": SIGLIP, "clip_vision_model": CLIP, "dinov2": DINO | IMAGENET,
+            "dinov2_with_registers": DINO | IMAGENET | {"num_register_tokens": 4},
             "vit_mae": VIT | IMAGENET, "vit": VIT}
+TOWER = "model.vision_tower.vision_tower."      # the vision part of LLaVA's own layout
 TOWERS = {"siglip_vision_model": "SiglipVisionModel", "clip_vision_model": "CLIPVisionModel"}
 RENAME = [(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", ""), (r"\.lambda1$", ""),
           ("cls_token", "class_embedding"), (r"patch_embeddings\.projection", "patch_embedding"),
@@ -447,19 +448,19 @@ RENAME = [(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", ""), (r"\.lamb
           (r"\.(layernorm_before|norm1)\.", ".layer_norm1."),
           (r"\.(layernorm_after|norm2)\.", ".layer_norm2.")]
 
-# model_type of the LLM by itself, its class, its config.json where it says nothing, and the only
-# values of its settings that we compute
-QWEN2 = "qwen2", "Qwen2ForCausalLM", {"attention_bias": True}, {"use_sliding_window": [False]}
+# LLMs: model_type to save, class, what config.json means and does not say, what settings may be
 LLAMA = "llama", "LlamaForCausalLM", {}, {}
+QWEN2 = "qwen2", "Qwen2ForCausalLM", {"attention_bias": True}, {"use_sliding_window": [False]}
 MISTRAL = "mistral", "MistralForCausalLM", {"sliding_window": 4096}, {"sliding_window": []}
-LLMS = {"qwen2": QWEN2, "llava_qwen": QWEN2, "llama": LLAMA, "llava_llama": LLAMA,
-        "mistral": MISTRAL, "llava_mistral": MISTRAL}
-TOWER = "model.vision_tower.vision_tower."      # in LLaVA's own layout of a whole model
-LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor"]
+LLMS = {"llama": LLAMA, "qwen2": QWEN2, "llava_qwen": QWEN2, "mistral": MISTRAL}
+
+FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= v < 2 ** 24,
+        str: lambda v: type(v) is str, float: lambda v: type(v) in (int, float) and 0 <= v < 2 ** 24,
+        tuple: lambda v: type(v) is list and len(v) == 3 and all(map(FITS[float], v))}
 
 
 def read_json(file):
-    """A JSON object -> dict, without the type that weights were stored in: we say our own."""
+    """A JSON object -> dict, without the type that weights had; save_folder says theirs."""
     try:
         return dict(json.loads(file.read_text("utf-8"), object_hook=lambda d: {
             k: v for k, v in d.items() if k not in ("dtype", "torch_dtype")}))
@@ -467,93 +468,82 @@ def read_json(file):
         raise BadInput(f"{file}: cannot be read as a JSON object ({error})") from None
 
 
-def fits(value, kind, zero, limit):
-    """Whether a JSON value can be a field of type kind; tuples are of three numbers."""
-    if kind is tuple:
-        return type(value) is list and len(value) == 3 and all(
-            fits(v, float, zero, limit) for v in value)
-    if kind in (int, float):
-        return type(value) in (int, kind) and (0 < value < limit or zero and value == 0)
-    return type(value) is kind
-
-
 def checked(kind, file, values, needed=(), **known):
-    """A config dataclass of what a JSON file says: each value of its field's type, numbers positive
-    (or zero where that is the default). known: the only values of a setting that we compute."""
+    """A config dataclass of a JSON file's values, each as its field's type FITS, zero only where it
+    is the default. needed: names that must be there; known: all that we compute of a setting."""
     values = {k: v for k, v in values.items() if v is not None}
-    limits = {"num_hidden_layers": 1000, "image_size": 10000, "shortest_edge": 10000}
+    kept = {f: values[f.name] for f in fields(kind) if f.compare and f.name in values}
     wrong = [k for k in needed if k not in values]
     wrong += [k for k, options in known.items() if values.get(k) not in [None, *options]]
-    kept = {f: values[f.name] for f in fields(kind) if f.compare and f.name in values}
-    wrong += [f.name for f, v in kept.items() if not fits(
-        v, f.type, not f.default or f.name == "image_mean", limits.get(f.name, 2 ** 24))]
+    wrong += [f.name for f, v in kept.items() if not FITS[f.type](v) or f.default and (
+        f.type is not bool and v == 0 or f.name == "image_std" and 0 in v or
+        f.name == "num_hidden_layers" and v > 1000)]
     if not wrong:
         c = kind(**{f.name: tuple(v) if f.type is tuple else v for f, v in kept.items()})
         if not (c.hidden_size % c.num_attention_heads or
                 c.num_attention_heads % getattr(c, "num_key_value_heads", 1)):
             return c
-        wrong = ["num_attention_heads"]         # does not divide, or is not divided by key heads
-    options = " or ".join(map(json.dumps, known.get(wrong[0], ()))) or "something else"
+        wrong = ["num_attention_heads"]             # does not divide, or is not divided
     value = json.dumps(values[wrong[0]]) if wrong[0] in values else "missing"
-    raise BadInput(f'{file}: "{wrong[0]}" is {value}; it must be {options}')
+    options = " or ".join(map(json.dumps, known.get(wrong[0], ()))) or "a value that makes sense"
+    raise BadInput(f'{file}: "{wrong[0]}" is {value}; this needs {options}')
 
 
 def read_encoder_config(folder, image_size=None, config=None):
     """The EncoderConfig of load_encoder's encoder; reads no weights."""
     file = Path(config or folder) / "config.json"
     raw, pixel_file = read_json(file), file.with_name("preprocessor_config.json")
-    if raw.get("model_type") in ("siglip", "clip"):     # of the whole the vision part
+    given = read_json(pixel_file) if pixel_file.exists() else {}
+    if raw.get("model_type") in ("siglip", "clip"):                 # of the whole the vision part
         part = raw.get("vision_config")
         raw = {"model_type": raw["model_type"] + "_vision_model"} | (
             part if isinstance(part, dict) else {"hidden_size": part})
     family = FAMILIES.get(str(raw.get("model_type")), {})
-    values = SIZES | family | raw
-    if values.get("use_swiglu_ffn"):
-        values["hidden_act"] = "swiglu"
+    values = SIZES | family | raw | ({"hidden_act": "swiglu"} if raw.get("use_swiglu_ffn") else {})
     c = checked(EncoderConfig, file, values, ["model_type"], model_type=FAMILIES,
                 hidden_act=ACTIVATIONS)
     if c.mlp_ratio:
-        inner = int(c.hidden_size * c.mlp_ratio)
-        c.intermediate_size = (inner if c.hidden_act != "swiglu" else
-                               (int(inner * 2 / 3) + 7) // 8 * 8)
+        c.intermediate_size = int(c.hidden_size * c.mlp_ratio)
+        if c.hidden_act == "swiglu":                # two thirds, rounded up to a multiple of 8
+            c.intermediate_size = (int(c.intermediate_size * 2 / 3) + 7) // 8 * 8
 
-    # ---- pictures: all squashed, or their shorter side resized to `edge` and a square cropped
-    given = read_json(pixel_file) if pixel_file.exists() else {}
+    # ---- pictures: squashed to a square, or shorter side resized to `edge` and a square cropped
     pixels = family | {k: v for k, v in given.items() if v is not None}
     size = pixels.get("size") or c.image_size
     crop = pixels.get("do_center_crop") and not (isinstance(size, dict) and "height" in size)
-    edge, side = (      # a number, or a dict that repeats one
-        next(iter(v.values())) if isinstance(v, dict) and len(set(map(str, v.values()))) == 1 else v
-        for v in (size, (pixels.get("crop_size") or c.image_size) if crop else size))
-    picked = {k: pixels.get(k) for k in ("image_mean", "image_std", "resample")}
-    picked |= {"shortest_edge": edge if crop else 0, "image_size": side}
-    p = checked(EncoderConfig, pixel_file, picked, resample=range(6))
+    edge, side = (v if not isinstance(v, dict) or len(set(map(str, v.values()))) > 1 else
+                  [*v.values()][0]                  # a number, or a dict that repeats one
+                  for v in (size, (pixels.get("crop_size") or c.image_size) if crop else size))
+    p = checked(EncoderConfig, pixel_file, pixels | {
+        "shortest_edge": edge if crop else 0, "image_size": side}, resample=range(6))
     new = image_size or (side if given else min(side, c.image_size))
-    if not c.patch_size <= new < 10000:
-        raise BadInput(f"{file}: image size {new} does not suit patch_size {c.patch_size}")
+    if new < c.patch_size:
+        raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than the image size, {new}')
+    p.shortest_edge = p.shortest_edge * new // side
     source = {"config.json": raw | {"image_size": c.image_size}, "names": {}, "rest": {},
               "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
-    return replace(c, image_mean=p.image_mean, image_std=p.image_std, resample=p.resample,
-                   image_size=new, shortest_edge=p.shortest_edge * new // side, source=source)
+    return replace(c, image_size=new, source=source, **{k: getattr(p, k) for k in (
+        "image_mean", "image_std", "resample", "shortest_edge")})
 
 
 def read_llm_config(folder):
     """The LLMConfig of load_llm's model; reads no weights."""
     file = Path(folder) / "config.json"
     raw = read_json(file)
-    row = LLMS.get(str(raw.get("model_type")), LLAMA)
+    model_type, model, usual, known = LLMS.get(str(raw.get("model_type")), LLAMA)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     values = {"num_key_value_heads": raw.get("num_attention_heads"), "attention_bias": False,
               "tie_word_embeddings": False, "rope_type": rope.get("type", "default"),
               "original_max_position_embeddings": raw.get("max_position_embeddings"),
-              **row[2], **raw, **rope}
-    needed = ["model_type", "vocab_size", *list(SIZES)[:4]]
-    needed += LLAMA3 if values["rope_type"] == "llama3" else []
+              **usual, **raw, **rope}
+    needed = ["model_type", "vocab_size", *[*SIZES][:4]]
+    if values["rope_type"] == "llama3":
+        needed += ["factor", "low_freq_factor", "high_freq_factor"]
     c = checked(LLMConfig, file, values, needed, model_type=LLMS, hidden_act=["silu"],
-                rope_type=["default", "llama3"], **row[3])
-    raw = {k: v for k, v in raw.items() if not k.startswith("mm_")}
-    return replace(c, source=raw | {"model_type": row[0], "architectures": [row[1]]})
+                rope_type=["default", "llama3"], **known)
+    return replace(c, source={k: v for k, v in raw.items() if not k.startswith("mm_")} | {
+        "model_type": model_type, "architectures": [model]})
 
 
 def weight_files(folder):
@@ -566,17 +556,16 @@ def weight_files(folder):
 
 def open_tensors(folder, *prefixes):
     """{name: (open file, its name there)} of a folder's tensors; only the headers are read yet. Of
-    names with one of the prefixes that is cut off, and others are left out."""
+    names with one of the prefixes that is cut off, and other names are left out."""
     tensors = {}
     for file in weight_files(folder):
         try:
             f = safe_open(file, "pt")
+            tensors |= {name: (f, name) for name in f.keys()}
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
-        tensors |= {name: (f, name) for name in f.keys()}
-    for prefix in prefixes:
-        inside = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
-        tensors = inside or tensors
+    for p in prefixes:
+        tensors = {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)} or tensors
     return tensors
 
 
@@ -591,10 +580,10 @@ def fill(make, folder, tensors, lost=()):
         for name, (f, key) in tensors.items():
             if name not in own and ("rotary_emb" in name or
                                     not name.startswith(("encoder.layers.", "model.layers."))):
-                continue                # what it has no use for; but no bias, norm, or layer
+                continue        # not used; but a bias, a norm, a layer must be
             t, like = f.get_tensor(key), own.get(name, torch.empty(()))
             if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                raise RuntimeError(f"{key} is {t.dtype}, not float")
+                raise RuntimeError(f"{key} is {t.dtype}")
             t = t.to(torch.float32, copy=True).reshape(t.shape[-like.ndim:])
             if "position" in name and len(t) != len(like):
                 t = interpolated(t, len(like), antialias=module.config.num_register_tokens > 0)
@@ -608,49 +597,45 @@ def fill(make, folder, tensors, lost=()):
 
 
 def interpolated(table, rows, antialias):
-    """Positions of a class token, if there is one, and n * n patches, (1 + n * n, width), for other
-    n: (rows, width). DINOv2 with registers smooths when it shrinks them, the others do not."""
+    """Positions of n * n patches, and before them a class token's if it has one, for another n:
+    (rows, width)."""
     n, side = math.isqrt(len(table)), math.isqrt(rows)
-    extra = len(table) - n * n
-    grid = table[extra:].T.reshape(1, -1, n, n)
-    grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=antialias)
-    return torch.cat((table[:extra], grid[0].flatten(1).T))
+    first, grid = table.split((len(table) - n * n, n * n))
+    grid = F.interpolate(grid.T.reshape(1, -1, n, n), (side, side), mode="bicubic",
+                         antialias=antialias)
+    return torch.cat((first, grid[0].flatten(1).T))
 
 
 def load_encoder(folder, select_layer=-2, image_size=None, config=None):
     """A vision encoder from a Hugging Face folder; of a whole CLIP, SigLIP, LLaVA the vision part.
 
-    image_size: pixels a side, if not as in preprocessor_config.json. Where the checkpoint knows
-    another size, positions are interpolated. config: the folder with the two JSON files, which
-    LLaVA's own layout needs. It has lost the last layer: one of zeros, which passes on what it
-    gets, takes its place, so that select_layer counts as before."""
+    image_size: pixels a side, if not as in preprocessor_config.json; positions are interpolated.
+    config: the folder with the two JSON files, which LLaVA's own layout needs. That has lost the
+    last layer: one of zeros, which passes on what it gets, stands in, so that select_layer counts
+    as before."""
     c = read_encoder_config(folder, image_size, config)
-    tensors, ours = open_tensors(folder, TOWER, "vision_model."), {}
-    for name in tensors:
-        new = name
-        for pattern, replacement in RENAME:
-            new = re.sub(pattern, replacement, new)
-        ours[name] = new
-    raw, last = c.source["config.json"], f"encoder.layers.{c.num_hidden_layers - 1}."
-    lost = last if config and not any(k.startswith(last) for k in ours.values()) else ()
-    if not -c.num_hidden_layers - 1 <= select_layer <= (-2 if lost else 0):
-        raise BadInput(f"{folder}: select_layer {select_layer}: there are {c.num_hidden_layers} "
-                       f"layers{', of which LLaVA has cut off the last' if lost else ''}")
+    tensors, source, n = open_tensors(folder, TOWER, "vision_model."), c.source, c.num_hidden_layers
+    ours = {name: functools.reduce(lambda new, rule: re.sub(*rule, new), RENAME, name)
+            for name in tensors}
+    last = f"encoder.layers.{n - 1}."
+    lost = config and not any(name.startswith(last) for name in ours.values())
+    if not -n - 1 <= select_layer <= (-2 if lost else 0):
+        raise BadInput(f"{folder}: select_layer {select_layer} is not one of its {n} layers"
+                       f"{', of which LLaVA has cut off the last' if lost else ''}")
     encoder = fill(lambda: Encoder(c, select_layer), folder,
-                   {ours[name]: handle for name, handle in tensors.items()}, lost)
+                   {ours[name]: tensors[name] for name in tensors}, last if lost else ())
 
-    # ---- kept for saving: names, and what we do not use, except tables made for another size
-    own, resized = encoder.state_dict(), c.image_size != raw["image_size"]
+    # ---- kept for saving: names, and what we do not use, but no tables made for another size
+    raw, own = source["config.json"], encoder.state_dict()
+    tower = TOWERS.get(raw["model_type"])
     for name, (f, key) in tensors.items():
-        stored = "vision_model." * (raw["model_type"] in TOWERS) + name
+        stored = "vision_model." * bool(tower) + name
         if ours[name] in own:
-            c.source["names"][ours[name]] = stored
-        elif not (resized and "pos" in name):
-            c.source["rest"][stored] = f.get_tensor(key).clone()
-    if raw["model_type"] in TOWERS:
-        raw["architectures"] = [TOWERS[raw["model_type"]]]
-    if lost:
-        raw["vision_use_head"] = any("head." in name for name in c.source["rest"])
+            source["names"][ours[name]] = stored
+        elif c.image_size == raw["image_size"] or "pos" not in name:
+            source["rest"][stored] = f.get_tensor(key).clone()
+    raw |= {"architectures": [tower]} if tower else {}
+    raw |= {"vision_use_head": any("head." in name for name in ours)} if lost else {}
     return encoder
 
 
@@ -687,17 +672,17 @@ def write_json(file, value):
     os.replace(temporary, file)
 
 
-def save_folder(folder, tensors, files, copies=(), dtype=torch.float32):
+def save_folder(folder, tensors, files, copies, dtype):
     """One checkpoint folder: model.safetensors, JSON files, copies of others. Whole or absent."""
-    folder, name = Path(folder), str(dtype).removeprefix("torch.")
+    folder, stored = Path(folder), str(dtype).removeprefix("torch.")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
                for k, v in tensors.items()}, temporary / "model.safetensors", {"format": "pt"})
-    files["config.json"] = files["config.json"] | {"dtype": name, "torch_dtype": name}
     for name, value in files.items():
-        write_json(temporary / name, value)
+        own = {"dtype": stored, "torch_dtype": stored} if name == "config.json" else {}
+        write_json(temporary / name, value | own)
     for file in copies:
         shutil.copy(file, temporary)
     shutil.rmtree(folder, ignore_errors=True)
@@ -705,78 +690,72 @@ def save_folder(folder, tensors, files, copies=(), dtype=torch.float32):
 
 
 def encoder_folder(c, state):
-    """(tensors, JSON files) of an encoder with this state dict: as in the folder that it came from,
-    what we did not use included; a fresh one is a SigLIP."""
-    source = c.source or {"names": {}, "rest": {}, "preprocessor_config.json": SIGLIP,
-                          "config.json": {"model_type": "siglip_vision_model",
-                                          "architectures": ["SiglipVisionModel"],
-                                          "hidden_act": c.hidden_act, "vision_use_head": False,
-                                          **{k: getattr(c, k) for k in SIZES}}}
+    """(tensors, JSON files) of an encoder: as in the folder it came from; a fresh one is SigLIP's."""
+    source = c.source or {
+        "names": {}, "rest": {}, "preprocessor_config.json": SIGLIP, "config.json": {
+            "model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"],
+            "vision_use_head": False, **{k: getattr(c, k) for k in (*SIZES, "hidden_act")}}}
     tensors = dict(source["rest"])
     for name, tensor in state.items():
         name = source["names"].get(name, "vision_model." + name)
-        flat = re.search("cls_token|register_tokens|position_embeddings", name)     # a batch of one
-        tensors[name] = tensor[(None,) * (3 - tensor.ndim)] if flat else tensor
+        batch = re.search("cls_token|register_tokens|position_embeddings", name)    # of one
+        tensors[name] = tensor[(None,) * (3 - tensor.ndim)] if batch else tensor
     square = {"height": c.image_size, "width": c.image_size}
-    pixels = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
-              "do_normalize": True, "do_convert_rgb": True, "resample": c.resample,
-              "image_mean": c.image_mean, "image_std": c.image_std,
-              "size": {"shortest_edge": c.shortest_edge} if c.shortest_edge else square,
-              "do_center_crop": c.shortest_edge > 0, "crop_size": square}
+    pixels = {"size": {"shortest_edge": c.shortest_edge} if c.shortest_edge else square,
+              "do_center_crop": c.shortest_edge > 0, "crop_size": square, "do_resize": True,
+              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+              **{k: getattr(c, k) for k in ("image_mean", "image_std", "resample")}}
     return tensors, {"config.json": source["config.json"] | {"image_size": c.image_size},
                      "preprocessor_config.json": source["preprocessor_config.json"] | pixels}
 
 
 def llm_json(c):
-    """config.json of an LLM: the one that it came with; a fresh one is a Qwen2 or a Llama."""
+    """config.json of an LLM: the one it came with; a fresh one is a Qwen2 or a Llama."""
     model_type, model, *_ = QWEN2 if c.attention_bias else LLAMA
-    own = {f.name: getattr(c, f.name) for f in fields(c) if f.compare and f.name != "factor"}
-    return c.source or {"model_type": model_type, "architectures": [model], "hidden_act": "silu", **own}
+    return c.source or {"model_type": model_type, "architectures": [model], "hidden_act": "silu",
+                        **{f.name: getattr(c, f.name) for f in fields(c) if f.compare}}
 
 
 def save_model(folder, state, encoder, projector, llm, tokenizer, dtype=torch.float32):
     """Write those of encoder/, projector/, llm/ that are asked for. state: the MLLM's full state
-    dict; encoder, llm: their configs or False; projector: True or False. In less than fp32 most of
-    what DPO changes would be rounded away."""
-    folder, parts = Path(folder), {"encoder": {}, "projector": {}, "llm": {}}
-    for name, tensor in state.items():
-        part, name = name.split(".", 1)
-        parts.setdefault(part, {})[name] = tensor
+    dict; encoder, llm: their configs or False; projector: True or False."""
+    def part(name):
+        return {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
+
+    folder = Path(folder)
     if encoder:
-        save_folder(folder / "encoder", *encoder_folder(encoder, parts["encoder"]), (), dtype)
+        save_folder(folder / "encoder", *encoder_folder(encoder, part("encoder.")), [], dtype)
     if projector:
         config = {"config.json": {"hidden_act": "gelu"}}
-        save_folder(folder / "projector", parts["projector"], config, (), dtype)
+        save_folder(folder / "projector", part("projector."), config, [], dtype)
     if llm:
-        copies = getattr(tokenizer, "files", None) or [tokenizer.file]
-        save_folder(folder / "llm", parts["llm"], {"config.json": llm_json(llm)}, copies, dtype)
+        files = getattr(tokenizer, "files", None) or [tokenizer.file]
+        save_folder(folder / "llm", part("llm."), {"config.json": llm_json(llm)}, files, dtype)
 
 
 def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<image>",
                  dtype=torch.float32):
     """Write the whole model as one folder that transformers' LlavaForConditionalGeneration opens.
-
-    image_token, image_token_id: what stands for a patch in its prompts: a token that the embedding
-    has and text never uses. tokenizer_files: copied beside the weights."""
-    c, text, select = mllm.encoder.config, mllm.llm.config, mllm.encoder.select_layer
+    tokenizer_files go beside it. image_token: what stands for a patch in its prompts; its id must
+    be in the LLM's embedding, and text must never use it."""
+    c, text, extra = mllm.encoder.config, mllm.llm.config, mllm.encoder.embeddings.extra
     tensors, files = encoder_folder(c, mllm.encoder.state_dict())
-    vision, extra = files["config.json"], mllm.encoder.embeddings.extra
-    if vision["model_type"] not in TOWERS or not select:
+    if files["config.json"]["model_type"] not in TOWERS or not mllm.encoder.select_layer:
         raise BadInput("llava: wants the features of a layer of SigLIP or CLIP, before the norm")
     if not 0 <= image_token_id < text.vocab_size:
         raise BadInput(f"llava: image token {image_token_id} is not in the LLM's embedding of "
                        f"{text.vocab_size}; choose an id that text never uses")
     tensors = {"vision_tower." + k: v for k, v in tensors.items()}
     tensors |= {"language_model." + k: v for k, v in mllm.llm.state_dict().items()}
-    for name, tensor in mllm.projector.state_dict().items():
-        name = name.replace("0.", "linear_1.").replace("2.", "linear_2.")
-        tensors["multi_modal_projector." + name] = tensor
+    tensors |= {f"multi_modal_projector.linear_{1 + int(k[0]) // 2}{k[1:]}": v
+                for k, v in mllm.projector.state_dict().items()}
     features = {"vision_feature_select_strategy": "default" if extra else "full"}
     config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
-              "vision_config": vision, "text_config": llm_json(text), "vision_feature_layer": select,
-              "projector_hidden_act": "gelu", "image_token_index": image_token_id,
-              "image_seq_length": c.tokens, "tie_word_embeddings": text.tie_word_embeddings}
+              "vision_config": files["config.json"], "text_config": llm_json(text),
+              "vision_feature_layer": mllm.encoder.select_layer, "image_seq_length": c.tokens,
+              "image_token_index": image_token_id, "projector_hidden_act": "gelu",
+              "tie_word_embeddings": text.tie_word_embeddings, **features}
     processor = {"processor_class": "LlavaProcessor", "image_token": image_token,
-                 "patch_size": c.patch_size, "num_additional_image_tokens": extra}
-    save_folder(folder, tensors, files | {"config.json": config | features, "processor_config.json":
-                                          processor | features}, tokenizer_files, dtype)
+                 "patch_size": c.patch_size, "num_additional_image_tokens": extra, **features}
+    files |= {"config.json": config, "processor_config.json": processor}
+    save_folder(folder, tensors, files, tokenizer_files, dtype)
