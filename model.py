@@ -132,10 +132,10 @@ class EncoderLayer(nn.Module):
         super().__init__()
         width, inner = c.hidden_size, c.intermediate_size
         self.act, gates = ACTIVATIONS[c.hidden_act], 2 if c.hidden_act == "swiglu" else 1
-        self.layer_norm1, self.layer_norm2 = (
-            nn.LayerNorm(width, c.layer_norm_eps) for _ in range(2))
-        self.layer_scale1, self.layer_scale2 = (
-            nn.Parameter(torch.ones(width)) if c.layer_scale else 1 for _ in range(2))
+        self.layer_norm1 = nn.LayerNorm(width, c.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(width, c.layer_norm_eps)
+        self.layer_scale1 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
+        self.layer_scale2 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
         self.self_attn = EncoderAttention(c)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, gates * inner),
                                   "fc2": nn.Linear(inner, width)})
@@ -185,7 +185,6 @@ class Encoder(nn.Module):
         self.encoder.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-
     def used(self):
         """The layers that run."""
         return self.encoder.layers[:len(self.encoder.layers) + 1 + (self.select_layer or -1)]
@@ -204,12 +203,10 @@ class Encoder(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Linear, GELU, Linear: encoder width -> LLM width. Parameters 0.*, 2.*, as in LLaVA's
-    mm_projector."""
+    """Encoder width -> LLM width; parameters 0.*, 2.*, as in LLaVA's mm_projector."""
 
-    def __init__(self, width_in, width_out):
-        super().__init__(nn.Linear(width_in, width_out), nn.GELU(),
-                         nn.Linear(width_out, width_out))
+    def __init__(self, width, out):
+        super().__init__(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
 
 
 # -------------------------------------------------------------------------------------------- LLM
@@ -232,8 +229,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.n * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, mask, cos, sin, past=None):
-        """past: a list that holds this layer's (k, v) so far and is replaced; None outside
-        generation."""
+        """past: a list of this layer's (k, v) so far, replaced; None outside generation."""
         q = heads(self.q_proj(x), self.n)
         k, v = (heads(f(x), self.kv) for f in (self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
@@ -251,8 +247,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         width, inner = c.hidden_size, c.intermediate_size
-        self.input_layernorm, self.post_attention_layernorm = (
-            nn.RMSNorm(width, c.rms_norm_eps) for _ in range(2))
+        self.input_layernorm = nn.RMSNorm(width, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(width, inner, bias=False),
                                   "up_proj": nn.Linear(width, inner, bias=False),
@@ -302,15 +298,13 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------- MLLM
 
 def token_logps(hidden, head, target):
-    """log softmax(hidden @ head.T)[target], fp32. hidden: (n, width), head: (vocab, width),
-    target: (n,) -> (n,)"""
+    """log softmax(hidden @ head.T)[target]: (n, width), (vocab, width), (n,) -> (n,), fp32."""
     logits = (hidden @ head.type_as(hidden).mT).float()
     return -F.cross_entropy(logits, target, reduction="none")
 
 
 class MLLM(nn.Module):
-    """Vision encoder + projector + LLM; without the first two, a language model. model(batch) is
-    all that training needs."""
+    """Vision encoder + projector + LLM; without the first two, a language model."""
 
     def __init__(self, encoder, projector, llm):
         super().__init__()
@@ -404,8 +398,7 @@ class SigLIP(nn.Module):
 
 
 def initialise(module, seed):
-    """Fresh weights from a generator: normal, as wide as the layer wants; residual outputs and
-    biases small."""
+    """Fresh weights from a generator: normal, as wide as the layer wants; biases zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(module.named_parameters()):
         if p.ndim >= 2:
@@ -452,10 +445,13 @@ RENAME = [(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", ""), (r"\.lamb
 LLAMA = "llama", "LlamaForCausalLM", {}, {}
 QWEN2 = "qwen2", "Qwen2ForCausalLM", {"attention_bias": True}, {"use_sliding_window": [False]}
 MISTRAL = "mistral", "MistralForCausalLM", {"sliding_window": 4096}, {"sliding_window": []}
-LLMS = {"llama": LLAMA, "qwen2": QWEN2, "llava_qwen": QWEN2, "mistral": MISTRAL}
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+LLMS = {"llama": LLAMA, "llava_llama": LLAMA, "qwen2": QWEN2, "llava_qwen": QWEN2,
+        "mistral": MISTRAL}
 
 FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= v < 2 ** 24,
-        str: lambda v: type(v) is str, float: lambda v: type(v) in (int, float) and 0 <= v < 2 ** 24,
+        float: lambda v: type(v) in (int, float) and 0 <= v < 2 ** 24,
+        str: lambda v: type(v) is str,
         tuple: lambda v: type(v) is list and len(v) == 3 and all(map(FITS[float], v))}
 
 
@@ -538,8 +534,7 @@ def read_llm_config(folder):
               "original_max_position_embeddings": raw.get("max_position_embeddings"),
               **usual, **raw, **rope}
     needed = ["model_type", "vocab_size", *[*SIZES][:4]]
-    if values["rope_type"] == "llama3":
-        needed += ["factor", "low_freq_factor", "high_freq_factor"]
+    needed += LLAMA3[:3] if values["rope_type"] == "llama3" else ()
     c = checked(LLMConfig, file, values, needed, model_type=LLMS, hidden_act=["silu"],
                 rope_type=["default", "llama3"], **known)
     return replace(c, source={k: v for k, v in raw.items() if not k.startswith("mm_")} | {
@@ -690,11 +685,12 @@ def save_folder(folder, tensors, files, copies, dtype):
 
 
 def encoder_folder(c, state):
-    """(tensors, JSON files) of an encoder: as in the folder it came from; a fresh one is SigLIP's."""
+    """(tensors, JSON files) of an encoder: as in the folder it came from; a fresh one's: SigLIP"""
     source = c.source or {
         "names": {}, "rest": {}, "preprocessor_config.json": SIGLIP, "config.json": {
             "model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"],
-            "vision_use_head": False, **{k: getattr(c, k) for k in (*SIZES, "hidden_act")}}}
+            "vision_use_head": False, **{k: getattr(c, k) for k in (
+                *SIZES, "hidden_act", "layer_norm_eps")}}}
     tensors = dict(source["rest"])
     for name, tensor in state.items():
         name = source["names"].get(name, "vision_model." + name)
@@ -713,7 +709,8 @@ def llm_json(c):
     """config.json of an LLM: the one it came with; a fresh one is a Qwen2 or a Llama."""
     model_type, model, *_ = QWEN2 if c.attention_bias else LLAMA
     return c.source or {"model_type": model_type, "architectures": [model], "hidden_act": "silu",
-                        **{f.name: getattr(c, f.name) for f in fields(c) if f.compare}}
+                        **{f.name: getattr(c, f.name) for f in fields(c)
+                           if f.compare and f.name not in LLAMA3}}
 
 
 def save_model(folder, state, encoder, projector, llm, tokenizer, dtype=torch.float32):
