@@ -476,10 +476,10 @@ def checked(kind, file, values, needed=(), **known):
         f.name == "num_hidden_layers" and v > 1000)]
     if not wrong:
         c = kind(**{f.name: tuple(v) if f.type is tuple else v for f, v in kept.items()})
-        if not (c.hidden_size % c.num_attention_heads or
+        if not (c.hidden_size % c.num_attention_heads or getattr(c, "head_dim", 2) % 2 or
                 c.num_attention_heads % getattr(c, "num_key_value_heads", 1)):
             return c
-        wrong = ["num_attention_heads"]             # does not divide, or is not divided
+        wrong = ["num_attention_heads"]     # does not divide, is not divided, leaves odd widths
     value = json.dumps(values[wrong[0]]) if wrong[0] in values else "missing"
     options = " or ".join(map(json.dumps, known.get(wrong[0], ()))) or "a value that makes sense"
     raise BadInput(f'{file}: "{wrong[0]}" is {value}; this needs {options}')

@@ -325,6 +325,7 @@ HUGE_HEADER = (2 ** 60).to_bytes(8, "little") + b"{}"
     ("llama", {"num_hidden_layers": 2.0}, '"num_hidden_layers" is 2.0'),
     ("llama", {"num_attention_heads": 0}, '"num_attention_heads" is 0'),
     ("llama", {"num_key_value_heads": 3}, '"num_attention_heads" is 4'),
+    ("llama", {"head_dim": 7}, '"num_attention_heads" is 4'),
     ("llama", {"rms_norm_eps": True}, '"rms_norm_eps" is true'),
     ("llama", {"tie_word_embeddings": "yes"}, '"tie_word_embeddings" is "yes"'),
     ("llama", {"rope_parameters": {"rope_theta": -5}}, '"rope_theta" is -5'),
