@@ -19,7 +19,8 @@ MAE = t.ViTMAEConfig(**VISION, decoder_hidden_size=16, decoder_intermediate_size
 TEXT = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 WHOLE = dict(vision_config=VISION, text_config=dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50))
+    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+    num_attention_heads=2))
 ENCODERS = {
     "siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)),
     "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**VISION)),
@@ -337,7 +338,8 @@ HUGE_HEADER = (2 ** 60).to_bytes(8, "little") + b"{}"
     ("siglip", {"hidden_size": "gone"}, "size mismatch"),
     ("siglip", {"image_size": [32, 32]}, '"image_size"'),
     ("siglip", {"image_size": -32}, '"image_size" is -32'),
-    ("siglip", {"patch_size": 0}, '"patch_size" is 0'), ("siglip", {"patch_size": 64}, "patch_size"),
+    ("siglip", {"patch_size": 0}, '"patch_size" is 0'),
+    ("siglip", {"patch_size": 64}, '"patch_size" 64 is more'),
     ("siglip", {"layer_norm_eps": float("nan")}, '"layer_norm_eps"'),
     ("siglip", {"num_attention_heads": 3}, '"num_attention_heads" is 3'),
     ("siglip", {"num_hidden_layers": 10 ** 9}, '"num_hidden_layers" is 1000000000'),
