@@ -1,14 +1,17 @@
-"""What learns: a ViT encoder, an MLP projector, a decoder LLM, and the multimodal LLM (MLLM) that they make.
+"""What learns: a ViT encoder, an MLP projector, a decoder LLM, and the multimodal LLM (MLLM) that
+they make; and the folders that they are kept in.
 
-Modules and parameters carry the names of Hugging Face's checkpoints (SigLIP's vision model; Qwen2's and Llama's
-decoder), so that loading is load_state_dict and what we save opens there.
+Modules and parameters carry the names of Hugging Face's checkpoints (SigLIP's vision model; Qwen2's
+and Llama's decoder), so that loading is load_state_dict and what we save opens there.
 """
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ LOGIT_CHUNK = 256       # target positions whose logits exist at the same time
 
 @dataclass
 class EncoderConfig:
-    """SigLIP's vision config, and its preprocessing."""
+    """A vision transformer in the words of its config.json, and how pictures are prepared."""
     hidden_size: int = 128
     intermediate_size: int = 512
     num_hidden_layers: int = 4
@@ -33,8 +36,18 @@ class EncoderConfig:
     image_size: int = 48
     patch_size: int = 8
     layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    mlp_ratio: float = 0.           # DINOv2's way to say intermediate_size
+    qkv_bias: bool = True
+    class_token: bool = False
+    num_register_tokens: int = 0
+    pre_norm: bool = False          # CLIP's norm before the first layer, and no bias on patches
+    layer_scale: bool = False       # DINOv2's factor on each channel of a branch
     image_mean: tuple = (.5, .5, .5)
     image_std: tuple = (.5, .5, .5)
+    resample: int = 3               # Pillow's number: 2 bilinear, 3 bicubic
+    shortest_edge: int = 0          # resize the shorter side to this, crop the centre; 0: squash
+    source: dict = field(default=None, compare=False, repr=False)   # what else its folder holds
 
     @property
     def tokens(self):
@@ -50,24 +63,35 @@ class LLMConfig:
     num_hidden_layers: int = 3
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
+    head_dim: int = 0                   # 0: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    factor: float = 0.                  # of Llama 3's rope scaling; 0: none
+    low_freq_factor: float = 1.
+    high_freq_factor: float = 4.
+    original_max_position_embeddings: int = 8192
     attention_bias: bool = True         # on q, k, v: Qwen2 has it, Llama does not
     tie_word_embeddings: bool = True
+    source: dict = field(default=None, compare=False, repr=False)   # its config.json
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-# ---------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------- attention
 
 def visible(sample_q, segment_q, column_q, sample_k, segment_k, column_k):
-    """The one attention rule: a token sees an earlier token of its own sample if that one is in the prompt or in the
-    same response. Elementwise on whatever broadcasts."""
-    return (sample_q == sample_k) & (column_q >= column_k) & ((segment_k == 0) | (segment_q == segment_k))
+    """The one attention rule: a token sees an earlier token of its own sample if that one is in the
+    prompt or in the same response. Elementwise on whatever broadcasts."""
+    return ((sample_q == sample_k) & (column_q >= column_k) &
+            ((segment_k == 0) | (segment_q == segment_k)))
 
 
 def attend(q, k, v, mask=None):
-    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: bool (B, 1, T, S) -> (B, heads, T, d).
+    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: bool (B, 1, T, S)
+    -> (B, heads, T, d).
 
-    On a CPU it is written out: there the fused kernel's backward takes twice as long at our sizes."""
+    On a CPU it is written out: the fused kernel's backward takes twice as long at our sizes."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q @ k.mT * q.shape[-1] ** -.5
@@ -81,70 +105,85 @@ def heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-# ------------------------------------------------------------------------------------------ encoder
+# ---------------------------------------------------------------------------------------- encoder
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+               "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]}
+
 
 class EncoderAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size)
-                                                                for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(c.hidden_size, c.hidden_size, c.qkv_bias) for _ in range(3))
+        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x):
         q, k, v = (heads(f(x), self.n) for f in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-class EncoderMLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: attention, then an MLP."""
 
     def __init__(self, c):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        width, inner = c.hidden_size, c.intermediate_size
+        self.act, gates = ACTIVATIONS[c.hidden_act], 2 if c.hidden_act == "swiglu" else 1
+        self.layer_norm1 = nn.LayerNorm(width, c.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(width, c.layer_norm_eps)
+        self.layer_scale1 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
+        self.layer_scale2 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
         self.self_attn = EncoderAttention(c)
-        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.mlp = EncoderMLP(c)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, gates * inner),
+                                  "fc2": nn.Linear(inner, width)})
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.layer_scale1 * self.self_attn(self.layer_norm1(x))
+        return x + self.layer_scale2 * self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
 
 
 class Embeddings(nn.Module):
-    """Patches and their learned positions."""
+    """(I, 3, H, W) -> (I, extra + tokens, width): class token, registers, patches. All but the
+    registers have learned positions."""
 
     def __init__(self, c):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size)
-        self.position_embedding = nn.Embedding(c.tokens, c.hidden_size)
+        width, registers, p = c.hidden_size, c.num_register_tokens, c.patch_size
+        self.extra = c.class_token + registers
+        self.patch_embedding = nn.Conv2d(3, width, p, p, bias=not c.pre_norm)
+        self.position_embedding = nn.Embedding(c.class_token + c.tokens, width)
+        self.class_embedding = nn.Parameter(torch.zeros(width)) if c.class_token else None
+        self.register_tokens = nn.Parameter(torch.zeros(registers, width)) if registers else None
 
     def forward(self, pixels):
-        return self.patch_embedding(pixels).flatten(2).mT + self.position_embedding.weight
+        x = self.patch_embedding(pixels).flatten(2).mT
+        if self.class_embedding is not None:
+            x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), 1)
+        x = x + self.position_embedding.weight
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(len(x), -1, -1)
+            x = torch.cat((x[:, :1], registers, x[:, 1:]), 1)
+        return x
 
 
 class Encoder(nn.Module):
-    """SigLIP's vision transformer. (I, 3, H, W) pixels -> (I, tokens, width) features.
+    """A vision transformer. (I, 3, H, W) pixels -> (I, tokens, width) features, one a patch.
 
-    select_layer counts as LLaVA does: -2, the paper's choice, is the output of the second-to-last layer; the last
-    layer and the final norm then neither run nor train, but are kept and saved. 0 runs everything."""
+    select_layer counts as LLaVA does: -2, the paper's choice, is the output of the second-to-last
+    layer; the last layer and the final norm then neither run nor train, but are kept and saved. 0
+    runs everything."""
 
     def __init__(self, config, select_layer=-2):
         super().__init__()
-        self.config, self.select_layer = config, select_layer
-        self.embeddings = Embeddings(config)
+        self.config, self.select_layer, c = config, select_layer, config
+        self.embeddings, norm = Embeddings(c), nn.LayerNorm if c.pre_norm else nn.Identity
+        self.pre_layrnorm = norm(c.hidden_size, c.layer_norm_eps)       # CLIP's spelling
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.encoder.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def used(self):
         """The layers that run."""
@@ -152,32 +191,25 @@ class Encoder(nn.Module):
 
     def unused(self):
         """The modules that do not: nothing in them ever gets a gradient."""
-        return [*self.encoder.layers[len(self.used()):], *([self.post_layernorm] if self.select_layer else [])]
+        return [*self.encoder.layers[len(self.used()):],
+                *([self.post_layernorm] if self.select_layer else [])]
 
     def forward(self, pixels):
-        x = self.embeddings(pixels)
+        x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.used():
             x = layer(x)
-        return x if self.select_layer else self.post_layernorm(x)
+        x = x if self.select_layer else self.post_layernorm(x)
+        return x[:, self.embeddings.extra:]
 
 
 class Projector(nn.Sequential):
-    """Linear, GELU, Linear: encoder width -> LLM width. Parameters 0.*, 2.*, as in LLaVA's mm_projector."""
+    """Encoder width -> LLM width; parameters 0.*, 2.*, as in LLaVA's mm_projector."""
 
-    def __init__(self, width_in, width_out):
-        super().__init__(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
+    def __init__(self, width, out):
+        super().__init__(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
 
 
-# ---------------------------------------------------------------------------------------------- LLM
-
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
-
+# -------------------------------------------------------------------------------------------- LLM
 
 def rotate(x, cos, sin):
     """Rotary positions, halves convention. x: (B, heads, T, d), cos, sin: (B, 1, T, d)."""
@@ -190,48 +222,42 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n, self.kv, d = c.num_attention_heads, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
-        self.q_proj = nn.Linear(c.hidden_size, self.n * d, c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv * d, c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv * d, c.attention_bias)
-        self.o_proj = nn.Linear(self.n * d, c.hidden_size, bias=False)
+        self.n, self.kv = c.num_attention_heads, c.num_key_value_heads
+        self.q_proj = nn.Linear(c.hidden_size, self.n * c.head_dim, c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv * c.head_dim, c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv * c.head_dim, c.attention_bias)
+        self.o_proj = nn.Linear(self.n * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, mask, cos, sin, past=None):
-        """past: a list that holds this layer's (k, v) so far and is replaced; None outside generation."""
-        q, k, v = heads(self.q_proj(x), self.n), heads(self.k_proj(x), self.kv), heads(self.v_proj(x), self.kv)
+        """past: a list of this layer's (k, v) so far, replaced; None outside generation."""
+        q = heads(self.q_proj(x), self.n)
+        k, v = (heads(f(x), self.kv) for f in (self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
         if past is not None:
-            k, v = (torch.cat((old, new), 2) for old, new in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
+            k, v = (torch.cat(pair, 2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
             past[:] = k, v
         if self.kv < self.n:
             k, v = (t.repeat_interleave(self.n // self.kv, 1) for t in (k, v))
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nn.Module):
+    """Pre-norm transformer block: attention, then SwiGLU."""
+
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        width, inner = c.hidden_size, c.intermediate_size
+        self.input_layernorm = nn.RMSNorm(width, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(width, inner, bias=False),
+                                  "up_proj": nn.Linear(width, inner, bias=False),
+                                  "down_proj": nn.Linear(inner, width, bias=False)})
 
     def forward(self, x, mask, cos, sin, past=None):
         x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        h = self.post_attention_layernorm(x)
+        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
 
 
 class Decoder(nn.Module):
@@ -243,36 +269,42 @@ class Decoder(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.model.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.model.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def head(self):
         """(vocab, width): the output matrix, the embedding's where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(self, x, mask, position, past=None):
-        """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T) -> (B, T, width), normed.
-        past: a list with one list per layer, see Attention."""
+        """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T)
+        -> (B, T, width), normed. past: a list with one list per layer, see Attention."""
         c = self.config
-        half = c.hidden_size // c.num_attention_heads // 2
-        angle = position[..., None].float() * c.rope_theta ** (-torch.arange(half, device=x.device) / half)
-        cos, sin = (f(torch.cat((angle, angle), -1))[:, None] for f in (torch.cos, torch.sin))
+        f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=x.device) / c.head_dim)
+        if c.factor:        # Llama 3 slows down what hardly turned within its first pretraining
+            turns = c.original_max_position_embeddings * f / (2 * math.pi)
+            keep = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+            f = f.lerp(f / c.factor, 1 - keep.clamp(0, 1))
+        angle = position[..., None].float() * f
+        angle = torch.cat((angle, angle), -1)[:, None]
+        cos, sin = angle.cos(), angle.sin()
         for i, layer in enumerate(self.model.layers):
             x = layer(x, mask, cos, sin, past and past[i])
         return self.model.norm(x)
 
 
-# --------------------------------------------------------------------------------------------- MLLM
+# ------------------------------------------------------------------------------------------- MLLM
 
 def token_logps(hidden, head, target):
-    """log softmax(hidden @ head.T)[target], fp32. hidden: (n, width), head: (vocab, width), target: (n,) -> (n,)"""
-    return -F.cross_entropy((hidden @ head.type_as(hidden).mT).float(), target, reduction="none")
+    """log softmax(hidden @ head.T)[target]: (n, width), (vocab, width), (n,) -> (n,), fp32."""
+    logits = (hidden @ head.type_as(hidden).mT).float()
+    return -F.cross_entropy(logits, target, reduction="none")
 
 
 class MLLM(nn.Module):
-    """Vision encoder + projector + LLM; without the first two, a language model. model(batch) is all that training
-    needs."""
+    """Vision encoder + projector + LLM; without the first two, a language model."""
 
     def __init__(self, encoder, projector, llm):
         super().__init__()
@@ -281,7 +313,8 @@ class MLLM(nn.Module):
     def embed(self, batch):
         """Token embeddings with image features in the image positions: (rows, length, width).
 
-        The encoder runs even when no row has an image, so that under FSDP every rank calls the same collectives."""
+        The encoder runs even when no row has an image, so that under FSDP every rank calls the
+        same collectives."""
         x = self.llm.model.embed_tokens(batch.tokens.clamp(min=0))
         if self.encoder is None:
             return x
@@ -290,12 +323,14 @@ class MLLM(nn.Module):
         if len(place) != batch.images * self.encoder.config.tokens:
             raise ValueError(f"{len(place)} image positions for {batch.images} pictures of "
                              f"{self.encoder.config.tokens} tokens")
-        return x.flatten(0, 1).index_put((place,), features[:len(place)].type_as(x)).view_as(x)
+        features = features[:len(place)].type_as(x)
+        return x.flatten(0, 1).index_put((place,), features).view_as(x)
 
     def forward(self, batch):
         """Summed log-probability of every response, log pi(y | I, q): (samples, responses), fp32.
 
-        Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes each chunk again."""
+        Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes
+        each chunk again."""
         column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         keys = batch.sample[:, None], batch.segment[:, None], column
         mask = visible(batch.sample[..., None], batch.segment[..., None], column[:, None], *keys)
@@ -303,22 +338,24 @@ class MLLM(nn.Module):
         hidden, head, logps = hidden.flatten(0, 1)[batch.source], self.llm.head(), []
         for h, target in zip(hidden.split(LOGIT_CHUNK), batch.target.split(LOGIT_CHUNK)):
             logps.append(checkpoint(token_logps, h, head, target, use_reentrant=False))
-        total, place = torch.zeros(len(batch), batch.responses, device=hidden.device), batch.response
-        return total.index_put((place // batch.responses, place % batch.responses), torch.cat(logps), accumulate=True)
+        total = torch.zeros(len(batch), batch.responses, device=hidden.device)
+        place = batch.response // batch.responses, batch.response % batch.responses
+        return total.index_put(place, torch.cat(logps), accumulate=True)
 
     @torch.no_grad()
     def generate(self, batch, end, max_new=32, temperature=0., generator=None):
-        """Continue every row's prompt until `end`, with a KV cache. Greedy at temperature 0, else sampled.
-        Returns a list of token id lists, without the end token."""
+        """Continue every row's prompt until `end`, with a KV cache. Greedy at temperature 0, else
+        sampled. Returns a list of token id lists, without the end token."""
         rows, length = batch.tokens.shape
-        row, column = torch.arange(rows, device=batch.tokens.device), torch.arange(length + max_new,
-                                                                                   device=batch.tokens.device)
-        sample = torch.cat((batch.sample, row[:, None].expand(-1, max_new)), 1)     # new tokens are the row's own
+        row = torch.arange(rows, device=batch.tokens.device)
+        column = torch.arange(length + max_new, device=batch.tokens.device)
+        # new tokens are the row's own
+        sample = torch.cat((batch.sample, row[:, None].expand(-1, max_new)), 1)
         prompt = (batch.sample >= 0).sum(1)
         mask = visible(*(t[:, None, :, None] for t in (sample, 0 * sample)), column[:, None],
                        *(t[:, None, None] for t in (sample, 0 * sample)), column)
-        past = [[] for _ in self.llm.model.layers]
-        hidden = self.llm(self.embed(batch), mask[:, :, :length, :length], batch.position, past)[row, prompt - 1]
+        past, now = [[] for _ in self.llm.model.layers], mask[:, :, :length, :length]
+        hidden = self.llm(self.embed(batch), now, batch.position, past)[row, prompt - 1]
         out, open_ = [], torch.ones_like(row, dtype=torch.bool)
         for step in range(max_new):
             logits = (hidden @ self.llm.head().type_as(hidden).mT).float()
@@ -328,21 +365,23 @@ class MLLM(nn.Module):
             out.append(torch.where(open_, token, end))
             if not open_.any() or step == max_new - 1:
                 break
-            at = length + step
-            hidden = self.llm(self.llm.model.embed_tokens(token)[:, None], mask[:, :, at:at + 1, :at + 1],
-                              (prompt + step)[:, None], past)[:, 0]
+            x, at = self.llm.model.embed_tokens(token)[:, None], length + step
+            now = mask[:, :, at:at + 1, :at + 1]
+            hidden = self.llm(x, now, (prompt + step)[:, None], past)[:, 0]
         return [[t for t in tokens if t != end] for tokens in torch.stack(out, 1).tolist()]
 
 
 class SigLIP(nn.Module):
-    """Contrastive pretraining (Zhai et al. 2023): every picture against every caption, a sigmoid each. Gives the
-    world its "original" encoder; the text tower and both heads are thrown away afterwards."""
+    """Contrastive pretraining (Zhai et al. 2023): every picture against every caption, a sigmoid
+    each. Gives the world its "original" encoder; the text tower and both heads are thrown away
+    afterwards."""
 
     def __init__(self, encoder, text):
         super().__init__()
         self.encoder, self.text = encoder, text
         self.image_head = nn.Linear(2 * encoder.config.hidden_size, text.config.hidden_size)
-        self.scale, self.bias = nn.Parameter(torch.tensor(math.log(10.))), nn.Parameter(torch.tensor(-10.))
+        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
+        self.bias = nn.Parameter(torch.tensor(-10.))
 
     def forward(self, batch):
         """(samples, samples) logits: row = picture, column = caption."""
@@ -351,16 +390,15 @@ class SigLIP(nn.Module):
         words = (batch.sample >= 0) & (batch.tokens != IMAGE)
         column = torch.arange(batch.tokens.shape[1], device=words.device)
         mask = (words[:, None] & (column[:, None] >= column))[:, None]
-        hidden = self.text(self.text.model.embed_tokens(batch.tokens.clamp(min=0)), mask, batch.position)
+        x = self.text.model.embed_tokens(batch.tokens.clamp(min=0))
+        hidden = self.text(x, mask, batch.position)
         text = (hidden * words[..., None]).sum(1) / words.sum(1, keepdim=True)
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         return image @ text.T * self.scale.exp() + self.bias
 
 
-# -------------------------------------------------------------------------------- the three folders
-
 def initialise(module, seed):
-    """Fresh weights from a generator: normal, as wide as the layer wants; residual outputs and biases small."""
+    """Fresh weights from a generator: normal, as wide as the layer wants; biases zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(module.named_parameters()):
         if p.ndim >= 2:
@@ -371,9 +409,255 @@ def initialise(module, seed):
     return module
 
 
+# ------------------------------------------------------------------------------ checkpoint folders
+# Where families differ, tables differ: what their JSON files mean where they do not say, and the
+# rules that make SigLIP's names of their tensors' names.
+
+SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+         "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+SIGLIP = {"image_processor_type": "SiglipImageProcessor"}
+CLIP = {"class_token": True, "pre_norm": True, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "patch_size": 32, "do_center_crop": True, "image_processor_type": "CLIPImageProcessor",
+        "image_mean": [.48145466, .4578275, .40821073],
+        "image_std": [.26862954, .26130258, .27577711]}
+IMAGENET = {"image_mean": [.485, .456, .406], "image_std": [.229, .224, .225]}
+VIT = {"class_token": True, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "resample": 2,
+       "image_processor_type": "ViTImageProcessor"}
+DINO = {"class_token": True, "hidden_act": "gelu", "mlp_ratio": 4, "layer_scale": True, "size": 256,
+        "crop_size": 224, "do_center_crop": True, "image_processor_type": "BitImageProcessor"}
+FAMILIES = {"siglip_vision_model": SIGLIP, "clip_vision_model": CLIP, "dinov2": DINO | IMAGENET,
+            "dinov2_with_registers": DINO | IMAGENET | {"num_register_tokens": 4},
+            "vit_mae": VIT | IMAGENET, "vit": VIT}
+TOWER = "model.vision_tower.vision_tower."      # the vision part of LLaVA's own layout
+TOWERS = {"siglip_vision_model": "SiglipVisionModel", "clip_vision_model": "CLIPVisionModel"}
+RENAME = [(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", ""), (r"\.lambda1$", ""),
+          ("cls_token", "class_embedding"), (r"patch_embeddings\.projection", "patch_embedding"),
+          ("position_embeddings", "position_embedding.weight"),
+          (r"^encoder\.layer\.", "encoder.layers."), (r"^layernorm\.", "post_layernorm."),
+          (r"attention\.attention\.([qkv])[a-z]+", r"self_attn.\1_proj"),
+          (r"attention\.output\.dense", "self_attn.out_proj"),
+          (r"intermediate\.dense|mlp\.weights_in", "mlp.fc1"),
+          (r"(?<=\d\.)output\.dense|mlp\.weights_out", "mlp.fc2"),
+          (r"\.(layernorm_before|norm1)\.", ".layer_norm1."),
+          (r"\.(layernorm_after|norm2)\.", ".layer_norm2.")]
+
+# LLMs: model_type to save, class, what config.json means and does not say, what settings may be
+LLAMA = "llama", "LlamaForCausalLM", {}, {}
+QWEN2 = "qwen2", "Qwen2ForCausalLM", {"attention_bias": True}, {"use_sliding_window": [False]}
+MISTRAL = "mistral", "MistralForCausalLM", {"sliding_window": 4096}, {"sliding_window": []}
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+LLMS = {"llama": LLAMA, "llava_llama": LLAMA, "qwen2": QWEN2, "llava_qwen": QWEN2,
+        "mistral": MISTRAL}
+
+FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= v < 2 ** 24,
+        float: lambda v: type(v) in (int, float) and 0 <= v < 2 ** 24,
+        str: lambda v: type(v) is str,
+        tuple: lambda v: type(v) is list and len(v) == 3 and all(map(FITS[float], v))}
+
+
+def read_json(file):
+    """A JSON object -> dict, without the type that weights had; save_folder says theirs."""
+    try:
+        return dict(json.loads(file.read_text("utf-8"), object_hook=lambda d: {
+            k: v for k, v in d.items() if k not in ("dtype", "torch_dtype")}))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{file}: cannot be read as a JSON object ({error})") from None
+
+
+def checked(kind, file, values, needed=(), **known):
+    """A config dataclass of a JSON file's values, each as its field's type FITS, zero only where it
+    is the default. needed: names that must be there; known: all that we compute of a setting."""
+    values = {k: v for k, v in values.items() if v is not None}
+    kept = {f: values[f.name] for f in fields(kind) if f.compare and f.name in values}
+    wrong = [k for k in needed if k not in values]
+    wrong += [k for k, options in known.items() if values.get(k) not in [None, *options]]
+    wrong += [f.name for f, v in kept.items() if not FITS[f.type](v) or f.default and (
+        f.type is not bool and v == 0 or f.name == "image_std" and 0 in v or
+        f.name == "num_hidden_layers" and v > 1000)]
+    if not wrong:
+        c = kind(**{f.name: tuple(v) if f.type is tuple else v for f, v in kept.items()})
+        if not (c.hidden_size % c.num_attention_heads or getattr(c, "head_dim", 2) % 2 or
+                c.num_attention_heads % getattr(c, "num_key_value_heads", 1)):
+            return c
+        wrong = ["num_attention_heads"]     # does not divide, is not divided, leaves odd widths
+    value = json.dumps(values[wrong[0]]) if wrong[0] in values else "missing"
+    options = " or ".join(map(json.dumps, known.get(wrong[0], ()))) or "a value that makes sense"
+    raise BadInput(f'{file}: "{wrong[0]}" is {value}; this needs {options}')
+
+
+def read_encoder_config(folder, image_size=None, config=None):
+    """The EncoderConfig of load_encoder's encoder; reads no weights."""
+    file = Path(config or folder) / "config.json"
+    raw, pixel_file = read_json(file), file.with_name("preprocessor_config.json")
+    given = read_json(pixel_file) if pixel_file.exists() else {}
+    if raw.get("model_type") in ("siglip", "clip"):                 # of the whole the vision part
+        part = raw.get("vision_config")
+        raw = {"model_type": raw["model_type"] + "_vision_model"} | (
+            part if isinstance(part, dict) else {"hidden_size": part})
+    family = FAMILIES.get(str(raw.get("model_type")), {})
+    values = SIZES | family | raw | ({"hidden_act": "swiglu"} if raw.get("use_swiglu_ffn") else {})
+    c = checked(EncoderConfig, file, values, ["model_type"], model_type=FAMILIES,
+                hidden_act=ACTIVATIONS)
+    if c.mlp_ratio:
+        c.intermediate_size = int(c.hidden_size * c.mlp_ratio)
+        if c.hidden_act == "swiglu":                # two thirds, rounded up to a multiple of 8
+            c.intermediate_size = (int(c.intermediate_size * 2 / 3) + 7) // 8 * 8
+
+    # ---- pictures: squashed to a square, or shorter side resized to `edge` and a square cropped
+    pixels = family | {k: v for k, v in given.items() if v is not None}
+    size = pixels.get("size") or c.image_size
+    crop = pixels.get("do_center_crop") and not (isinstance(size, dict) and "height" in size)
+    edge, side = (v if not isinstance(v, dict) or len(set(map(str, v.values()))) > 1 else
+                  [*v.values()][0]                  # a number, or a dict that repeats one
+                  for v in (size, (pixels.get("crop_size") or c.image_size) if crop else size))
+    p = checked(EncoderConfig, pixel_file, pixels | {
+        "shortest_edge": edge if crop else 0, "image_size": side}, resample=range(6))
+    new = image_size or (side if given else min(side, c.image_size))
+    if new < c.patch_size:
+        raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than the image size, {new}')
+    p.shortest_edge = p.shortest_edge * new // side
+    source = {"config.json": raw | {"image_size": c.image_size}, "names": {}, "rest": {},
+              "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
+    return replace(c, image_size=new, source=source, **{k: getattr(p, k) for k in (
+        "image_mean", "image_std", "resample", "shortest_edge")})
+
+
+def read_llm_config(folder):
+    """The LLMConfig of load_llm's model; reads no weights."""
+    file = Path(folder) / "config.json"
+    raw = read_json(file)
+    model_type, model, usual, known = LLMS.get(str(raw.get("model_type")), LLAMA)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    values = {"num_key_value_heads": raw.get("num_attention_heads"), "attention_bias": False,
+              "tie_word_embeddings": False, "rope_type": rope.get("type", "default"),
+              "original_max_position_embeddings": raw.get("max_position_embeddings"),
+              **usual, **raw, **rope}
+    needed = ["model_type", "vocab_size", *[*SIZES][:4]]
+    needed += LLAMA3[:3] if values["rope_type"] == "llama3" else ()
+    c = checked(LLMConfig, file, values, needed, model_type=LLMS, hidden_act=["silu"],
+                rope_type=["default", "llama3"], **known)
+    return replace(c, source={k: v for k, v in raw.items() if not k.startswith("mm_")} | {
+        "model_type": model_type, "architectures": [model]})
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: one, or shards."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise BadInput(f"{folder}: no safetensors there; name a folder with a model in it")
+    return files
+
+
+def open_tensors(folder, *prefixes):
+    """{name: (open file, its name there)} of a folder's tensors; only the headers are read yet. Of
+    names with one of the prefixes that is cut off, and other names are left out."""
+    tensors = {}
+    for file in weight_files(folder):
+        try:
+            f = safe_open(file, "pt")
+            tensors |= {name: (f, name) for name in f.keys()}
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    for p in prefixes:
+        tensors = {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)} or tensors
+    return tensors
+
+
+def fill(make, folder, tensors, lost=()):
+    """make()'s module with a folder's tensors in fp32, read one by one. All must be there and fit;
+    zeros stand for those whose names begin with `lost`."""
+    try:
+        with torch.device("meta"):
+            module = make()
+        own = module.state_dict()
+        state = {k: torch.zeros(v.shape) for k, v in own.items() if k.startswith(lost)}
+        for name, (f, key) in tensors.items():
+            if name not in own and ("rotary_emb" in name or
+                                    not name.startswith(("encoder.layers.", "model.layers."))):
+                continue        # not used; but a bias, a norm, a layer must be
+            t, like = f.get_tensor(key), own.get(name, torch.empty(()))
+            if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                raise RuntimeError(f"{key} is {t.dtype}")
+            t = t.to(torch.float32, copy=True).reshape(t.shape[-like.ndim:])
+            if "position" in name and len(t) != len(like):
+                t = interpolated(t, len(like), antialias=module.config.num_register_tokens > 0)
+            if not t.sum().isfinite():
+                raise RuntimeError(f"{key} has values that are not finite")
+            state[name] = t
+        module.load_state_dict(state, assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{folder}: {' '.join(str(error).split())[:300]}") from None
+    return module
+
+
+def interpolated(table, rows, antialias):
+    """Positions of n * n patches, and before them a class token's if it has one, for another n:
+    (rows, width)."""
+    n, side = math.isqrt(len(table)), math.isqrt(rows)
+    first, grid = table.split((len(table) - n * n, n * n))
+    grid = F.interpolate(grid.T.reshape(1, -1, n, n), (side, side), mode="bicubic",
+                         antialias=antialias)
+    return torch.cat((first, grid[0].flatten(1).T))
+
+
+def load_encoder(folder, select_layer=-2, image_size=None, config=None):
+    """A vision encoder from a Hugging Face folder; of a whole CLIP, SigLIP, LLaVA the vision part.
+
+    image_size: pixels a side, if not as in preprocessor_config.json; positions are interpolated.
+    config: the folder with the two JSON files, which LLaVA's own layout needs. That has lost the
+    last layer: one of zeros, which passes on what it gets, stands in, so that select_layer counts
+    as before."""
+    c = read_encoder_config(folder, image_size, config)
+    tensors, source, n = open_tensors(folder, TOWER, "vision_model."), c.source, c.num_hidden_layers
+    ours = {name: functools.reduce(lambda new, rule: re.sub(*rule, new), RENAME, name)
+            for name in tensors}
+    last = f"encoder.layers.{n - 1}."
+    lost = config and not any(name.startswith(last) for name in ours.values())
+    if not -n - 1 <= select_layer <= (-2 if lost else 0):
+        raise BadInput(f"{folder}: select_layer {select_layer} is not one of its {n} layers"
+                       f"{', of which LLaVA has cut off the last' if lost else ''}")
+    encoder = fill(lambda: Encoder(c, select_layer), folder,
+                   {ours[name]: tensors[name] for name in tensors}, last if lost else ())
+
+    # ---- kept for saving: names, and what we do not use, but no tables made for another size
+    raw, own = source["config.json"], encoder.state_dict()
+    tower = TOWERS.get(raw["model_type"])
+    for name, (f, key) in tensors.items():
+        stored = "vision_model." * bool(tower) + name
+        if ours[name] in own:
+            source["names"][ours[name]] = stored
+        elif c.image_size == raw["image_size"] or "pos" not in name:
+            source["rest"][stored] = f.get_tensor(key).clone()
+    raw |= {"architectures": [tower]} if tower else {}
+    raw |= {"vision_use_head": any("head." in name for name in ours)} if lost else {}
+    return encoder
+
+
+def load_llm(folder):
+    """A Qwen2 or Llama model from a Hugging Face folder, or the LLM of LLaVA's own layout."""
+    c = read_llm_config(folder)
+    return fill(lambda: Decoder(c), folder, open_tensors(folder))
+
+
+def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None,
+               encoder_config=None):
+    """Three folders -> MLLM; in LLaVA's own layout they are one. projector None: a fresh one.
+    image_size, encoder_config: see load_encoder."""
+    encoder, llm = load_encoder(encoder, select_layer, image_size, encoder_config), load_llm(llm)
+    widths = encoder.config.hidden_size, llm.config.hidden_size
+    return MLLM(encoder, initialise(Projector(*widths), seed) if not projector else fill(
+        lambda: Projector(*widths), projector, open_tensors(projector, "model.mm_projector.")), llm)
+
+
 def hash_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hash_weights(folder):
+    """What identifies a checkpoint folder: the hashes of its tensor files."""
+    return [hash_file(file) for file in weight_files(folder)]
 
 
 def write_json(file, value):
@@ -383,91 +667,92 @@ def write_json(file, value):
     os.replace(temporary, file)
 
 
-def save_folder(folder, tensors, config, files=()):
-    """One checkpoint folder: model.safetensors (fp32), config.json, and copies of `files`. Whole or absent."""
-    folder = Path(folder)
+def save_folder(folder, tensors, files, copies, dtype):
+    """One checkpoint folder: model.safetensors, JSON files, copies of others. Whole or absent."""
+    folder, stored = Path(folder), str(dtype).removeprefix("torch.")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, temporary / "model.safetensors",
-              {"format": "pt"})
-    for name, value in config.items():
-        write_json(temporary / name, value)
-    for file in files:
+    save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+               for k, v in tensors.items()}, temporary / "model.safetensors", {"format": "pt"})
+    for name, value in files.items():
+        own = {"dtype": stored, "torch_dtype": stored} if name == "config.json" else {}
+        write_json(temporary / name, value | own)
+    for file in copies:
         shutil.copy(file, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
 
-def save_model(folder, state, encoder, projector, llm, tokenizer):
-    """Write those of encoder/, projector/, llm/ that are asked for. state: the MLLM's full state dict;
-    encoder, llm: their configs or False; projector: True or False."""
-    def part(name, new=""):
-        return {new + k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
+def encoder_folder(c, state):
+    """(tensors, JSON files) of an encoder: as in the folder it came from; a fresh one's: SigLIP"""
+    source = c.source or {
+        "names": {}, "rest": {}, "preprocessor_config.json": SIGLIP, "config.json": {
+            "model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"],
+            "vision_use_head": False, **{k: getattr(c, k) for k in (
+                *SIZES, "hidden_act", "layer_norm_eps")}}}
+    tensors = dict(source["rest"])
+    for name, tensor in state.items():
+        name = source["names"].get(name, "vision_model." + name)
+        batch = re.search("cls_token|register_tokens|position_embeddings", name)    # of one
+        tensors[name] = tensor[(None,) * (3 - tensor.ndim)] if batch else tensor
+    square = {"height": c.image_size, "width": c.image_size}
+    pixels = {"size": {"shortest_edge": c.shortest_edge} if c.shortest_edge else square,
+              "do_center_crop": c.shortest_edge > 0, "crop_size": square, "do_resize": True,
+              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+              **{k: getattr(c, k) for k in ("image_mean", "image_std", "resample")}}
+    return tensors, {"config.json": source["config.json"] | {"image_size": c.image_size},
+                     "preprocessor_config.json": source["preprocessor_config.json"] | pixels}
 
+
+def llm_json(c):
+    """config.json of an LLM: the one it came with; a fresh one is a Qwen2 or a Llama."""
+    model_type, model, *_ = QWEN2 if c.attention_bias else LLAMA
+    return c.source or {"model_type": model_type, "architectures": [model], "hidden_act": "silu",
+                        **{f.name: getattr(c, f.name) for f in fields(c)
+                           if f.compare and f.name not in LLAMA3}}
+
+
+def save_model(folder, state, encoder, projector, llm, tokenizer, dtype=torch.float32):
+    """Write those of encoder/, projector/, llm/ that are asked for. state: the MLLM's full state
+    dict; encoder, llm: their configs or False; projector: True or False."""
+    def part(name):
+        return {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
+
+    folder = Path(folder)
     if encoder:
-        config = {k: v for k, v in asdict(encoder).items() if not k.startswith("image_m") and k != "image_std"}
-        pixels = {"image_processor_type": "SiglipImageProcessor", "do_resize": True, "do_rescale": True,
-                  "do_normalize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
-                  "size": {"height": encoder.image_size, "width": encoder.image_size},
-                  "image_mean": encoder.image_mean, "image_std": encoder.image_std}
-        save_folder(Path(folder) / "encoder", part("encoder", "vision_model."), {
-            "config.json": {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"],
-                            "hidden_act": "gelu_pytorch_tanh", "vision_use_head": False, **config},
-            "preprocessor_config.json": pixels})
+        save_folder(folder / "encoder", *encoder_folder(encoder, part("encoder.")), [], dtype)
     if projector:
-        save_folder(Path(folder) / "projector", part("projector"), {"config.json": {"hidden_act": "gelu"}})
+        config = {"config.json": {"hidden_act": "gelu"}}
+        save_folder(folder / "projector", part("projector."), config, [], dtype)
     if llm:
-        qwen = llm.attention_bias
-        save_folder(Path(folder) / "llm", part("llm"), {"config.json": {
-            "model_type": "qwen2" if qwen else "llama", "hidden_act": "silu", "dtype": "float32",
-            "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"], **asdict(llm)}}, [tokenizer.file])
+        files = getattr(tokenizer, "files", None) or [tokenizer.file]
+        save_folder(folder / "llm", part("llm."), {"config.json": llm_json(llm)}, files, dtype)
 
 
-def read_config(folder, kind):
-    """config.json (and preprocessor_config.json) -> EncoderConfig or LLMConfig."""
-    values = {}
-    for name in ("config.json", "preprocessor_config.json") if kind is EncoderConfig else ("config.json",):
-        try:
-            values |= json.loads((Path(folder) / name).read_text())
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{Path(folder) / name}: cannot be read ({error})") from None
-    values = values.get("vision_config", {}) | values | values.get("rope_parameters", {})
-    if kind is LLMConfig:
-        values.setdefault("attention_bias", values.get("model_type") == "qwen2")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-                   if k in kind.__dataclass_fields__})
-
-
-def read_weights(folder, module):
-    """Load model.safetensors into a module; every tensor must be there and fit."""
-    file, own = Path(folder) / "model.safetensors", module.state_dict()
-    try:
-        with safe_open(file, "pt") as f:
-            names = {k.removeprefix("vision_model."): k for k in f.keys()}
-            missing = sorted(set(own) - set(names))
-            if missing:
-                raise BadInput(f"{file}: {missing[0]} is missing ({len(missing)} tensors in all)")
-            for name, tensor in own.items():
-                value = f.get_tensor(names[name])
-                if value.shape != tensor.shape:
-                    raise BadInput(f"{file}: {name} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
-                tensor.copy_(value)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file}: cannot be read ({error})") from None
-    return module
-
-
-def load_encoder(folder, select_layer=-2):
-    return read_weights(folder, Encoder(read_config(folder, EncoderConfig), select_layer))
-
-
-def load_llm(folder):
-    return read_weights(folder, Decoder(read_config(folder, LLMConfig)))
-
-
-def load_model(encoder, projector, llm, select_layer=-2, seed=0):
-    """Three folders -> MLLM. projector None: a fresh one."""
-    encoder, llm = load_encoder(encoder, select_layer), load_llm(llm)
-    fresh = Projector(encoder.config.hidden_size, llm.config.hidden_size)
-    return MLLM(encoder, read_weights(projector, fresh) if projector else initialise(fresh, seed), llm)
+def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<image>",
+                 dtype=torch.float32):
+    """Write the whole model as one folder that transformers' LlavaForConditionalGeneration opens.
+    tokenizer_files go beside it. image_token: what stands for a patch in its prompts; its id must
+    be in the LLM's embedding, and text must never use it."""
+    c, text, extra = mllm.encoder.config, mllm.llm.config, mllm.encoder.embeddings.extra
+    tensors, files = encoder_folder(c, mllm.encoder.state_dict())
+    if files["config.json"]["model_type"] not in TOWERS or not mllm.encoder.select_layer:
+        raise BadInput("llava: wants the features of a layer of SigLIP or CLIP, before the norm")
+    if not 0 <= image_token_id < text.vocab_size:
+        raise BadInput(f"llava: image token {image_token_id} is not in the LLM's embedding of "
+                       f"{text.vocab_size}; choose an id that text never uses")
+    tensors = {"vision_tower." + k: v for k, v in tensors.items()}
+    tensors |= {"language_model." + k: v for k, v in mllm.llm.state_dict().items()}
+    tensors |= {f"multi_modal_projector.linear_{1 + int(k[0]) // 2}{k[1:]}": v
+                for k, v in mllm.projector.state_dict().items()}
+    features = {"vision_feature_select_strategy": "default" if extra else "full"}
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+              "vision_config": files["config.json"], "text_config": llm_json(text),
+              "vision_feature_layer": mllm.encoder.select_layer, "image_seq_length": c.tokens,
+              "image_token_index": image_token_id, "projector_hidden_act": "gelu",
+              "tie_word_embeddings": text.tie_word_embeddings, **features}
+    processor = {"processor_class": "LlavaProcessor", "image_token": image_token,
+                 "patch_size": c.patch_size, "num_additional_image_tokens": extra, **features}
+    files |= {"config.json": config, "processor_config.json": processor}
+    save_folder(folder, tensors, files, tokenizer_files, dtype)

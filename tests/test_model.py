@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM, SiglipVisionModel
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, SiglipVisionModel
 
 import data
 import model as m
@@ -82,16 +82,14 @@ def test_select_layer_counts_as_in_llava(net, theirs, select_layer, state):
     close(net.encoder(pixels), theirs[0](pixels).last_hidden_state)
 
 
-def test_llama_names_open_in_transformers(tokenizer, tmp_path):
-    from transformers import LlamaForCausalLM
+def test_fresh_llama_opens_in_transformers(tokenizer, tmp_path):
     config = m.LLMConfig(vocab_size=len(tokenizer), attention_bias=False, rope_theta=5e5)
     llm = m.initialise(m.Decoder(config), 0)
     m.save_model(tmp_path, {f"llm.{k}": v for k, v in llm.state_dict().items()}, False, False, config, tokenizer)
     theirs, tokens = LlamaForCausalLM.from_pretrained(tmp_path / "llm"), torch.arange(20)[None]
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with torch.no_grad():
-        ours = llm(llm.model.embed_tokens(tokens), mask, tokens) @ llm.head().T
-        close(ours, theirs(tokens).logits)
+        close(llm(llm.model.embed_tokens(tokens), mask, tokens) @ llm.head().T, theirs(tokens).logits)
 
 
 def gradients(net):
@@ -178,22 +176,6 @@ def test_save_then_load_is_bit_identical(net, tokenizer, tmp_path):
     assert back.encoder.config == net.encoder.config and back.llm.config == net.llm.config
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in net.state_dict().items())
     assert data.Tokenizer(tmp_path / "llm").encode("a red circle") == tokenizer.encode("a red circle")
-
-
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"nonsense"), "cannot be read"),
-    (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
-    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"num_hidden_layers": 2',
-                                                                                   '"num_hidden_layers": 3')), "missing"),
-    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"vocab_size": 600',
-                                                                                   '"vocab_size": 700')), "expected")])
-def test_a_damaged_folder_is_named(net, tokenizer, tmp_path, damage, message):
-    m.save_model(tmp_path, net.state_dict(), net.encoder.config, True, net.llm.config, tokenizer)
-    damage(tmp_path / "llm")
-    with pytest.raises(data.BadInput, match=message) as error:
-        m.load_model(tmp_path / "encoder", tmp_path / "projector", tmp_path / "llm")
-    assert str(tmp_path / "llm") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_visible_rule_by_brute_force():
