@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -34,7 +35,8 @@ import probe
 from data import TEMPLATES, BadInput
 from dpo import cached, dpo_objective, frozen, reference_logps, sampled_pairs
 from model import (MLLM, Decoder, DecoderLayer, Encoder, EncoderConfig, EncoderLayer, LLMConfig,
-                   SigLIP, hash_file, initialise, load_model, save_model, write_json)
+                   Projector, SigLIP, export_llava, hash_file, hash_weights, initialise, load_model,
+                   read_encoder_config, read_llm_config, save_model, write_json)
 from sft import sft_objective
 
 
@@ -107,6 +109,10 @@ class Settings:
     encoder: str = option(None, "start from this encoder folder (default: the earlier stage's)")
     projector: str = option(None, "start from this projector folder (default: the earlier stage's)")
     llm: str = option(None, "start from this LLM folder (default: the earlier stage's)")
+    encoder_config: str = option(None, "folder with config.json and preprocessor_config.json of the "
+                                 "encoder inside an official PIVOT or LLaVA-OneVision folder")
+    image_size: int = option(None, "pixels a side (default: the encoder's); positions are "
+                             "interpolated")
     data: str = option(None, "JSON or JSONL of conversations or preferences (default: the world)")
     eval_data: str = option(None, "the same, held out (default: the world's held-out scenes)")
     image_root: str = option(None, "folder that image paths start from (default: the data file's)")
@@ -139,23 +145,31 @@ class Settings:
     select_layer: int = option(-2, "layer that the projector sees, as in LLaVA; 0: run them all")
     dtype: str = option("auto", "compute in; auto: bfloat16 where the machine has it",
                         ["auto", "bfloat16", "float32"])
+    checkpointing: bool = option(False, "keep only the inputs of transformer blocks; slower, smaller")
+    compile: bool = option(False, "torch.compile every transformer block")
+    export_dtype: str = option("float32", "of the folders; bfloat16 rounds most of a DPO update away",
+                               ["float32", "bfloat16"])
+    export: str = option(None, "also write the model as one folder for transformers", ["llava"])
     workers: int = option(0, "processes that prepare batches")
     save_every: int = option(200, "steps between saves for resuming")
     eval_every: int = option(0, "steps between looks at held-out samples while training; 0: none")
     split: str = option("test", "scenes of the final tables; choose settings on validation",
                         ["validation", "test"])
     eval_scenes: int = option(300, "scenes of the final tables: 13 questions, 4 pairs each")
+    dry_run: bool = option(False, "print what the stage will cost, and stop")
+    gpus: int = option(8, "dry run: how many")
+    utilisation: float = option(.5, "dry run: model FLOPs over the peak of an H100 or H200")
     image: str = option(None, "chat: a picture (default: none)")
     question: str = option(None, "chat: a question (default: read them from standard input)")
     model: str = option(None, "chat: a stage's folder (default: the run's dpo, sft or instruct)")
 
 
 # handed on to the earlier stages that a stage has to run first
-SHARED = ("runs", "preset", "seed", "wording", "encoder_size", "llm_size", "max_length", "template",
+SHARED = ("runs", "preset", "seed", "wording", "encoder_config", "image_size", "encoder_size", "llm_size", "max_length", "template",
           "select_layer", "dtype", "workers", "eval_scenes")
 # may change between a run and its continuation; settings that name files count by their content
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "image_root",
-        "micro_batch", "workers", "save_every", "eval_every", "image", "question", "model")
+        "micro_batch", "workers", "save_every", "eval_every", "image", "question", "model", "export", "checkpointing", "compile", "dry_run", "gpus", "utilisation")
 
 
 def resolve(s):
@@ -198,13 +212,17 @@ def say(text):
         print(text, flush=True)
 
 
-def shard(model):
+def shard(model, s, train=True):
     """FSDP2: a unit per transformer block; embeddings and head, which may be tied, in the root's.
     One process keeps plain tensors: on a CPU DTensor's bookkeeping would cost more than 5%."""
+    for block in [m for m in model.modules() if isinstance(m, (EncoderLayer, DecoderLayer))]:
+        if s.checkpointing and train:       # keep a block's input, compute the rest again
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if s.compile:
+            block.compile(dynamic=True)
+        if dist.get_world_size() > 1:
+            fully_shard(block)
     if dist.get_world_size() > 1:
-        for module in model.modules():
-            if isinstance(module, (EncoderLayer, DecoderLayer)):
-                fully_shard(module)
         fully_shard(model)
     return model
 
@@ -291,14 +309,6 @@ def save_resume(folder, step, model, optimizers):
         os.replace(final.with_suffix(".tmp"), final)
         for _, path in old:
             shutil.rmtree(path)
-
-
-def hash_weights(folder):
-    """What identifies a checkpoint folder: the hashes of its tensor files."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise BadInput(f"{folder}: no safetensors there; name a folder with a model in it")
-    return [hash_file(file) for file in files]
 
 
 def finished(folder):
@@ -451,6 +461,64 @@ def inputs(s, device):
     return given
 
 
+def training_data(s, row):
+    """What a stage trains on: the user's file, or the world."""
+    if s.data and not row.needs:
+        raise BadInput(f"--data: stage {s.stage} knows the embedded world only")
+    if not s.data and not row.content:
+        raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
+    if s.data:
+        return data.Records(s.data, s.image_root)
+    split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
+    return data.World(row.content, split, s.samples, s.wording, s.errors, first=s.seed * 1_000_000)
+
+
+def dry_run(s, device):
+    """--dry-run: the price of a stage from its configs and 200 of its samples; nothing is trained.
+
+    Memory per GPU: weights, gradients and AdamW's moments in fp32 (16 bytes a trained parameter, 4
+    a frozen one), sharded, and 34 bytes per token, width and layer for activations (Korthikanti et
+    al. 2022; with --checkpointing 2, and one whole layer)."""
+    row = PRESETS[s.preset][s.stage]
+    at = {part: str(Path(s.runs) / s.base / need / part)
+          for need in row.needs for part in LEAVES.get(need, ALL)}
+    at |= {part: getattr(s, part) for part in ALL if getattr(s, part)}
+    if "llm" not in at:
+        raise BadInput(f"--dry-run: stage {s.stage} starts from nothing; it is there for the others")
+    encoder = read_encoder_config(at["encoder"], s.image_size, s.encoder_config)
+    llm = read_llm_config(at["llm"])
+    with torch.device("meta"):
+        model = MLLM(Encoder(encoder, s.select_layer), Projector(encoder.hidden_size, llm.hidden_size),
+                     Decoder(llm))
+    freeze(model, row, s.projector_layers)
+    dataset, paired = training_data(s, row), row.objective == "dpo"
+    prepare = data.Prepare(data.Tokenizer(at["llm"]), s.template, encoder, s.max_length, 1 + paired)
+    some = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / 200))]
+    rows = [(prepare.row(x if paired else replace(x, rejected=None)), x.image is not None) for x in some]
+    trains = row.trains if not s.unfreeze else ALL
+
+    def work(trains):
+        return sum(probe.flops(model, [len(r.tokens)], sum(r.target), trains, seen)
+                   for r, seen in rows) / len(rows)
+
+    epochs = s.epochs or s.steps * s.batch / len(dataset)
+    flops = len(dataset) * (epochs * work(trains) + paired * work(()))
+    tokens = sum(len(r.tokens) for r, _ in rows) / len(rows)
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad is t) for t in (True, False)]
+    micro, layers = min(s.micro_batch, math.ceil(s.batch / s.gpus)), len(model.encoder.used())
+    kept = (lambda depth: 2 * depth + 34) if s.checkpointing else (lambda depth: 34 * depth)
+    activations = micro * (encoder.tokens * encoder.hidden_size * kept(layers) +
+                           tokens * llm.hidden_size * kept(llm.num_hidden_layers))
+    hours = flops / (PEAK["H100"] * s.utilisation) / 3600
+    pretraining = 40e9 * probe.flops(model, [], 0, ("encoder",), 1)
+    say(probe.markdown(
+        ["stage", "samples", "steps", "tokens a sample", "FLOPs", "of the encoder's pretraining",
+         f"GB a GPU, {s.gpus} GPUs", f"GPU-hours at {s.utilisation:.0%}"],
+        [[s.stage, len(dataset), math.ceil(epochs * len(dataset) / s.batch), f"{tokens:.0f}",
+          f"{flops:.2e}", f"{flops / pretraining:.4%}",
+          f"{((16 * sizes[0] + 4 * sizes[1]) / s.gpus + activations) / 1e9:.1f}", f"{hours:.2f}"]]))
+
+
 def run_stage(s, device):
     """Inputs, data, model, loop; then the folders that the stage leaves, and its tables."""
     row, folder = PRESETS[s.preset][s.stage], Path(s.runs) / s.name / s.stage
@@ -461,14 +529,7 @@ def run_stage(s, device):
     parts = inputs(s, device)
 
     # ---- data
-    if s.data and not row.needs:
-        raise BadInput(f"--data: stage {s.stage} knows the embedded world only")
-    if not s.data and not row.content:
-        raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
-    split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
-    dataset = (data.Records(s.data, s.image_root) if s.data else
-               data.World(row.content, split, s.samples, s.wording, s.errors,
-                          first=s.seed * 1_000_000))
+    dataset = training_data(s, row)
     held_out = (data.Records(s.eval_data, s.image_root) if s.eval_data else
                 None if s.data else data.World(row.content, s.split, 512))
     for d in (dataset, held_out):
@@ -485,6 +546,7 @@ def run_stage(s, device):
                           **hashes}
     if same_or_refuse(folder, settings):
         say((folder / "report.md").read_text())
+        export(s, folder)
         return say(f"{folder}: done before with the same settings and inputs, nothing to do")
     if first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -503,7 +565,7 @@ def run_stage(s, device):
         model = initialise(MLLM(None, None, Decoder(llm)), s.seed)
     else:
         model = load_model(parts["encoder"], parts.get("projector"), parts["llm"], s.select_layer,
-                           s.seed)
+                           s.seed, s.image_size, s.encoder_config)
     if s.projector_layers and s.stage == "pivot-align":
         initialise(model.projector[2], s.seed)          # the second layer is fresh
     before = full_state(model) if first() else None
@@ -525,7 +587,7 @@ def run_stage(s, device):
     pairs, held_out = held_out, held_out if s.eval_every else None
     references = None, None
     if row.objective == "dpo":
-        live = functools.partial(reference_logps, shard(frozen(model)),
+        live = functools.partial(reference_logps, shard(frozen(model), s, False),
                                  probe.autocast(device, s.dtype))
         references = live, live
         if s.reference == "cached":
@@ -536,7 +598,7 @@ def run_stage(s, device):
         del live
     objective = {"contrastive": contrastive_objective, "sft": sft_objective,
                  "dpo": functools.partial(dpo_objective, beta=s.beta, variant=s.loss)}
-    train(s, objective[row.objective], folder, shard(model),
+    train(s, objective[row.objective], folder, shard(model, s),
           in_steps(dataset, s.epochs, s.steps if not s.epochs else None),
           held_out and in_steps(held_out), references, device)
 
@@ -548,7 +610,8 @@ def run_stage(s, device):
             if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)])
         has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
         save_model(folder, after, has["encoder"] and encoder, has["projector"],
-                   has["llm"] and model.llm.config, tokenizer)
+                   has["llm"] and model.llm.config, tokenizer, getattr(torch, s.export_dtype))
+        export(s, folder)
         probe.curve(folder / "log.jsonl", folder / "curve.png")
         report += [probe.moved(before, after)]
     dist.barrier()
@@ -560,6 +623,19 @@ def run_stage(s, device):
         write_json(folder / "settings.json", settings | {"finished": True})
     dist.barrier()
     say("\n\n".join(report) + f"\n\n{folder}: done")
+
+
+def export(s, folder):
+    """--export llava. Any special token that text never makes can stand for a patch."""
+    if s.export and first() and not (folder / s.export).exists():
+        tokenizer = data.Tokenizer(folder / "llm")
+        names = [t for t in ("<image>", "<|image_pad|>", "<|reserved_special_token_0|>", "<unk>")
+                 if t in tokenizer.special]
+        if not names:
+            raise BadInput(f"{folder / 'llm'}: its tokenizer has no token to stand for the image")
+        model = load_model(*(folder / part for part in ALL), s.select_layer)
+        export_llava(folder / s.export, model, tokenizer.files, tokenizer.special[names[0]],
+                     names[0], getattr(torch, s.export_dtype))
 
 
 def on_policy(s, model, dataset, prepare, settings, device):
@@ -600,8 +676,9 @@ def measure(s, folder, parts, pairs, prepare, device):
         if side == "before" and known.get("setup") == setup:
             results[side] = known["results"]
         else:
-            results[side] = probe.evaluate(at, s.select_layer, pairs, questions, prepare, device,
-                                           s.dtype)
+            loading = (s.image_size, s.encoder_config) if side == "before" else ()
+            model = load_model(*at.values(), s.select_layer, s.seed, *loading)
+            results[side] = probe.evaluate(model, pairs, questions, prepare, device, s.dtype)
     if first() and not s.data:
         write_json(folder / "results.json", {"setup": setup, "results": results["after"]})
     return probe.tables(results, s.beta)
@@ -691,7 +768,8 @@ def main(argv=None):
     device = setup()
     try:
         s = resolve(asked)
-        {"chat": chat, "probe": run_probe}.get(s.stage, run_stage)(s, device)
+        (dry_run if s.dry_run else
+         {"chat": chat, "probe": run_probe}.get(s.stage, run_stage))(s, device)
     except (BadInput, Stopped) as error:
         print(f"pivot: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, BadInput) else 143)

@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import BadInput
-from model import load_model
 
 BATCH = 128
 
@@ -124,14 +123,13 @@ def score(metric, said, answers):
     return float(max(rule(said, answer) for answer in answers))
 
 
-def evaluate(parts, select_layer, pairs, questions, prepare, device, dtype):
-    """Measure the model in three folders on held-out pairs and questions (None: not on those).
+def evaluate(model, pairs, questions, prepare, device, dtype):
+    """Measure a model on held-out pairs and questions (None: not on those).
 
     Returns {"pairs": [[kind, chosen text, logp chosen - logp rejected, the same with a grey
                         picture]],
              "questions": {kind: [n, right, right with a grey picture, most common answer's n,
                                   category]}}."""
-    model = load_model(parts["encoder"], parts["projector"], parts["llm"], select_layer)
     model.to(device).eval()
     prepare = copy.copy(prepare)
     prepare.responses = 2
@@ -170,12 +168,14 @@ def flops(model, lengths, targets, trains, images):
     model: an MLLM (its configs count). targets: tokens with a logit. trains: names of parts."""
     encoder, llm, layers = model.encoder.config, model.llm.config, len(model.encoder.used())
     n, d, f, p = encoder.tokens, encoder.hidden_size, encoder.intermediate_size, encoder.patch_size
-    width, q, tokens, length = llm.hidden_size, llm.hidden_size, n * images, sum(lengths)
-    k = q * llm.num_key_value_heads // llm.num_attention_heads
+    m = images * (n + encoder.class_token + encoder.num_register_tokens)
+    f *= 1.5 if encoder.hidden_act == "swiglu" else 1       # its first matrix is twice as wide
+    width, tokens, length = llm.hidden_size, n * images, sum(lengths)
+    q, k = (h * llm.head_dim for h in (llm.num_attention_heads, llm.num_key_value_heads))
     depth = llm.num_hidden_layers
     steps = [       # in the order of the forward pass: (part, matrices, attention)
         ("encoder", tokens * 6 * p * p * d, 0),
-        ("encoder", tokens * layers * 2 * (4 * d * d + 2 * d * f), tokens * layers * 4 * d * n),
+        ("encoder", m * layers * 2 * (4 * d * d + 2 * d * f), m * layers * 4 * d * m / max(1, images)),
         ("projector", tokens * 2 * d * width, 0), ("projector", tokens * 2 * width * width, 0),
         ("llm", length * depth * 2 * (2 * width * (q + k) + 3 * width * llm.intermediate_size),
          sum(l * l for l in lengths) * depth * 4 * q),
