@@ -10,24 +10,32 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 import re
-from collections import Counter
+import warnings
+from array import array
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 CHOSEN, REJECTED = 0, 1     # columns of logps: (samples, responses)
 IMAGE = -1                  # token id of an image position: no text can spell it
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 class BadInput(Exception):
     """Something the user gave is wrong. The message is one line: what, where, what to do."""
+
+    def __init__(self, text):       # a DataLoader's worker wraps the message into its traceback
+        super().__init__(" ".join(text.rpartition("BadInput: ")[2].split())[:1000])
 
 
 @dataclass
@@ -41,42 +49,112 @@ class Sample:
     category: str = ""                  # general | knowledge | ocr | vision
     region: np.ndarray | None = None    # (H, W) bool: what the question is about
     separate: bool = False              # the turns are conversations of their own
+    system: str = ""                    # instead of the template's system prompt
+    answers: tuple = ()                 # all that count as right, for evaluation by a
+    metric: str = "exact"               # exact | relaxed | anls | vqa | choice
+    file: str = ""                      # where it was read, for messages
+
+    def wrong(self, what):
+        return BadInput(f"{self.file}: sample {self.id}: {what}".lstrip(": "))
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------- templates and tokenizer
 
-SPECIAL = ["<|im_start|>", "<|im_end|>"]
-# before the question, between question and answer, after the answer (its first token ends the turn)
-TEMPLATES = {"plain": ("", "", "<|im_end|>"),
-             "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
-                        "<|im_end|>\n")}
+@dataclass
+class Template:
+    """The text around what people say. Only here do special tokens count."""
+    turn: str           # a question and what follows; <image> goes here if the question has none
+    end: str = ""       # ends an answer; where empty, the tokenizer's own token does
+    after: str = ""     # between two turns
+    system: str = ""    # before the first turn
+    prompt: str = ""    # the system prompt of samples that have none
+
+
+TEMPLATES = {           # the prompts are LLaVA's
+    "plain": Template("<image>{question}"),
+    "caption": Template("<image>"),     # LLaVA's "plain", for stage align: the question is left out
+    "chatml": Template(
+        "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>",
+        "\n", "<|im_start|>system\n{system}<|im_end|>\n", "You are a helpful assistant."),
+    "llama3": Template(
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        "You are a helpful language and vision assistant. You are able to understand the visual "
+        "content that the user provides, and assist the user with a variety of tasks using natural "
+        "language."),
+    "vicuna": Template(
+        "USER: <image>\n{question} ASSISTANT: ", "</s>", "", "<s>{system} ",
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions.")}
+SPECIAL = re.compile(r"<\|\w+\|>|</?s>")
+PIECES = re.compile(rf"({SPECIAL.pattern}|<image>|{{\w+}})")        # of a template
+ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
 
 
 class Tokenizer:
-    """A sentencepiece model. Special tokens are control symbols: text never makes them."""
+    """sentencepiece's tokenizer.model or, where there is none, tokenizer.json. `special`: the ids of
+    special and added tokens, which `encode` never makes of a text and `decode` leaves out."""
+    FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+             "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
     def __init__(self, folder):
-        self.file = Path(folder) / "tokenizer.model"
-        if not self.file.exists():
-            raise BadInput(f"{self.file}: not found; an LLM folder needs its tokenizer")
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-        self.special = {self.sp.id_to_piece(i): i for i in range(len(self))
-                        if self.sp.is_control(i)}
-        self.end = self.special["<|im_end|>"]
+        self.files = [file for file in map(Path(folder).joinpath, self.FILES) if file.exists()]
+        self.file = self.files[0] if self.files else Path(folder)
+        if self.file.name not in self.FILES[:2]:
+            raise BadInput(f"{folder}: no tokenizer.model or tokenizer.json; an LLM needs one")
+        try:
+            spec, config, ids = (json.loads(file.read_text("utf-8")) if file.exists() else {}
+                                 for file in map(self.file.with_name, self.FILES[1:4]))
+            ids |= {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+            ids |= {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+            if self.file.suffix == ".model":
+                self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+                size, self.bare = len(self.sp), config.get("legacy") is False
+                ids |= {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
+            else:
+                import tokenizers
+                spec |= {"added_tokens": [], "post_processor": None, "truncation": None}
+                self.sp, self.fast = None, tokenizers.Tokenizer.from_str(json.dumps(spec))
+                size = 1 + max(self.fast.get_vocab().values())
+                self.bare = "'first'" in str(spec["pre_tokenizer"])
+            self.special, self.size = ids, max([size, *(i + 1 for i in ids.values())])
+            self.chat, jinja = str(config.get("chat_template")), self.file.with_name(self.FILES[-1])
+            self.chat = jinja.read_text("utf-8") if jinja.exists() else self.chat
+            self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
+        except Exception as error:              # the two packages raise whatever they like
+            hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
+            raise BadInput(f"{self.file}: cannot be read ({error!r}){hint}") from None
 
     def __len__(self):
-        return self.sp.get_piece_size()
+        return self.size
 
-    def encode(self, text):
-        return self.sp.encode(text)
+    def encode(self, text, inside=False):
+        """inside: other text goes before, so that Llama's tokenizers put no space in front."""
+        ids = self.sp.encode(text) if self.sp else self.fast.encode(text).ids
+        if inside:
+            before, both = self.encode("\n"), self.encode("\n" + text)
+            ids = both[len(before):] if both[:len(before)] == before else ids
+        return ids
 
     def decode(self, ids):
-        return self.sp.decode([int(i) for i in ids])
+        ids = [int(i) for i in ids if 0 <= i < self.size and int(i) not in self.special.values()]
+        return self.sp.decode(ids) if self.sp else self.fast.decode(ids)
 
-    def template(self, text):
-        """Token ids of a piece of a template, the only text in which special tokens count."""
-        return [i for part in re.split(r"(<\|\w+\|>)", text)
-                for i in ([self.special[part]] if part in self.special else self.encode(part))]
+    def template(self, text, said={}, image=(), inside=False):
+        """Token ids of a template's text. said: what people say, for its {names}; image: ids for
+        its <image>; inside: a special token goes before. In between, text is encoded as one."""
+        ids, run, inside = [], "", inside and self.bare
+        for piece in PIECES.split(text):
+            if piece in said or not PIECES.fullmatch(piece):
+                run += said.get(piece, piece)
+            elif piece == "<image>" or piece in self.special:
+                ids += self.encode(run, inside)
+                ids += image if piece == "<image>" else [self.special[piece]]
+                run, inside = "", self.bare and piece != "<s>"
+            else:
+                raise BadInput(f"{self.file}: has no {piece}; choose another --template")
+        return ids + self.encode(run, inside)
 
     @staticmethod
     def train(lines, folder, size):
@@ -84,78 +162,74 @@ class Tokenizer:
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="bpe",
-            byte_fallback=True, control_symbols=SPECIAL, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-            bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
+            byte_fallback=True, control_symbols=["<|im_start|>", "<|im_end|>"], num_threads=1,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+            character_coverage=1.0, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "tokenizer.model").write_bytes(model.getvalue())
         return Tokenizer(folder)
 
 
+def choose_template(folder):
+    """The template that an LLM folder's own one spells, or the first whose special tokens it has."""
+    tokenizer = Tokenizer(folder)
+    able = [name for name, t in TEMPLATES.items() if t.end and
+            set(SPECIAL.findall(t.system + t.turn + t.end)) <= tokenizer.special.keys()]
+    starts = {name: re.split("user|<image>", TEMPLATES[name].turn)[0] for name in able}
+    return next((name for name in able if starts[name] in tokenizer.chat), [*able, "plain"][0])
+
+
 # --------------------------------------------------------------------------------- rows and batches
 
-@dataclass
-class Row:
-    """One sample as tokens. Positions of a response start where the prompt ends."""
-    tokens: list
-    segment: list
-    target: list        # bool: does this token count in the loss?
-    position: list
-    source: list        # column that predicts the token: the one before, or the prompt's last
+# One sample as tokens. Lists: token ids; segments; does the token count in the loss?; positions (a
+# response's start where the prompt ends); columns that predict it: the one before or, of a
+# response's first token, the prompt's last
+Row = namedtuple("Row", "tokens segment target position source")
 
 
 def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
     turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
-    before, between, after = (tokenizer.template(part) for part in TEMPLATES[template])
+    t, last, paired = TEMPLATES[template], len(sample.turns) - 1, sample.rejected is not None
     image = [IMAGE] * image_tokens if sample.image is not None else []
+    marked = [n for n, turn in enumerate(sample.turns) for _ in re.findall("<image>", turn[0])]
+    if image and len(marked) > 1:
+        raise sample.wrong("more than one <image> for one picture; leave it out")
+    end, space = tokenizer.template(t.end) or [tokenizer.end], " " * t.turn.endswith(" ")
 
-    def ask(question, image):
-        parts = question.split("<image>") if image else [question]
-        if len(parts) > 2:
-            raise BadInput(f"sample {sample.id}: more than one <image>; leave it out")
-        if len(parts) < 2:
-            parts = ["", question]                          # no placeholder: the image goes first
-        head, tail = (tokenizer.encode(p.strip()) if p.strip() else [] for p in parts)
-        return before + head + image + tail + between
+    def say(answer):            # a space before it belongs to its first token: " yes" is one
+        return tokenizer.encode(space + answer, t.end != "") + end if answer is not None else []
 
-    def say(answer):
-        return tokenizer.encode(answer) + after[:1] if answer is not None else []
-
-    pieces = [(image, 0, False)] if sample.separate else []     # (ids, segment, target)
-    for number, (question, answer) in enumerate(sample.turns):
-        if sample.separate:
-            pieces += [(ask(question, []), number + 1, False), (say(answer), number + 1, True)]
-            continue
-        last = number == len(sample.turns) - 1
-        context = sample.rejected is not None and not last      # earlier turns are its prompt
-        segment = 0 if context else 1
-        pieces += [(ask(question, [] if number else image), segment if number else 0, False),
-                   (say(answer), segment, not context)]
-        if not last:
-            pieces += [(after[1:], segment, False)]
-    if sample.rejected is not None:
-        pieces += [(say(sample.rejected), 2, True)]
+    pieces, lead, said = [], t.system, {"{system}": sample.system or t.prompt}
+    if sample.separate:
+        pieces, lead = [(tokenizer.template(lead + "<image>", said, image), 0, False)], ""
+    for n, (question, answer) in enumerate(sample.turns):
+        here = image if n == sum(marked) and not sample.separate else []    # unmarked: turn 0
+        parts = re.split(" *<image> *", question.strip()) if here else [question.strip()]
+        text, said = lead + t.turn.rstrip(" "), said | dict(zip(["{question}", "{tail}"], parts))
+        if not here or len(parts) > 1 and "{question}" in text:
+            text = re.sub("<image>\n?", "", text)
+        if len(parts) > 1:
+            text = text.replace("{question}", "{question}<image>{tail}")
+        counts = n == last or not paired        # what precedes a preference's last answer: prompt
+        ask, reply = (n + 1, n + 1) if sample.separate else (int(n > 0 and not paired), int(counts))
+        pieces += [(tokenizer.template(text, said, here, inside=n > 0), ask, False),
+                   (say(answer), reply, counts)]                    # (ids, segment, target)
+        lead = "" if sample.separate else t.after
+    pieces.append((say(sample.rejected), 2, True))
 
     prompt = sum(len(ids) for ids, segment, _ in pieces if segment == 0)
-    if prompt >= max_length:
-        raise BadInput(f"sample {sample.id}: its prompt has {prompt} tokens ({len(image)} of the "
-                       f"image), the limit is {max_length}; raise --max-length or leave it out")
-    row, following = Row([], [], [], [], []), Counter()         # the next position of each segment
-    for ids, segment, target in pieces:
-        for i in ids:
-            n = following[segment] + (prompt if segment else 0)
-            following[segment] += 1
-            if n < max_length:
-                fresh = segment and n == prompt                 # a response's first token
-                row.source.append((prompt if fresh else len(row.tokens)) - 1)
-                row.tokens.append(i)
-                row.segment.append(segment)
-                row.target.append(target)
-                row.position.append(n)
-    if prompt == 0 and row.target[:1] == [True]:
-        raise BadInput(f"sample {sample.id}: nothing stands before its answer; give it a question")
-    return row
+    if not 0 < prompt < max_length:
+        raise sample.wrong(f"its prompt has {prompt} tokens ({len(image)} of the image), it needs 1 "
+                           f"to {max_length - 1}; raise --max-length or leave the sample out")
+    columns, following = [], {0: 0}             # the next position of each segment
+    for token, segment, target in ((i, *rest) for ids, *rest in pieces for i in ids):
+        n = following.setdefault(segment, prompt)
+        if n < max_length:
+            before = prompt if segment and n == prompt else len(columns)
+            columns.append((token, segment, target, n, before - 1))
+            following[segment] = n + 1
+    return Row(*map(list, zip(*columns)))
 
 
 @dataclass
@@ -203,63 +277,65 @@ def collate(rows, pictures, index, image_size, paired, dummy=False):
 
 
 class Prepare:
-    """Samples -> Batch: the picture as the encoder wants it, the text as the LLM wants it."""
+    """Samples -> Batch: the picture as the encoder wants it, the text as the LLM wants it.
+    responses 1: the rejected response, if there is one, is left out. end: the id that ends a turn."""
 
     def __init__(self, tokenizer, template, encoder, max_length, responses):
-        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
-        self.responses = responses          # 1: the rejected response, if there is one, is left out
-        self.image_size, self.image_tokens = encoder.image_size, encoder.tokens
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1)
-                               for v in (encoder.image_mean, encoder.image_std))
+        self.tokenizer, self.template, self.encoder = tokenizer, template, encoder
+        self.max_length, self.responses = max_length, responses
+        self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
-    def row(self, sample):
-        return encode(sample, self.tokenizer, self.template, self.image_tokens, self.max_length)
+    def row(self, sample, max_length=None):
+        return encode(sample, self.tokenizer, self.template, self.encoder.tokens,
+                      max_length or self.max_length)
 
     def picture(self, sample):
-        """(3, H, W) float32, or None. Squared by resizing, as SigLIP does; alpha is dropped."""
-        image = sample.image
+        """(3, H, W) float32, or None. As the image processors of SigLIP (squeezed into a square) or
+        CLIP (shortest edge resized, centre cut out); first frame, upright, without alpha."""
+        image, c, size = sample.image, self.encoder, self.encoder.image_size
         if image is None:
             return None
-        if not isinstance(image, Image.Image):
-            try:
-                image = Image.open(image)
-                image.load()
-            except Exception as error:
-                raise BadInput(f"{sample.image}: sample {sample.id}: cannot read the picture "
-                               f"({error})") from None
-        image = image.convert("RGB")
-        if image.size != (self.image_size,) * 2:
-            image = image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC)
+        try:
+            image = image if isinstance(image, Image.Image) else Image.open(image, formats=PICTURES)
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":           # 16 bits: Pillow would clip, not scale
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
+            image = image.convert("RGB")
+        except Exception as error:              # Pillow raises whatever it likes
+            raise sample.wrong(f"cannot read the picture {sample.image} ({error}); mend it or leave the "
+                               "sample out") from None
+        edge = c.shortest_edge
+        width, height = (edge * n // min(image.size) if edge else size for n in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), c.resample).crop((left, top, left + size, top + size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (pixels - self.mean) / self.std
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (c.image_mean, c.image_std))
+        return (pixels - mean) / std
 
     def __call__(self, samples, index=None, dummy=False, blank=False, answers=True):
         """blank: grey pictures, for the control. answers False: prompts only, for generation."""
-        if self.responses == 1:
+        if self.responses == 1 or not answers:
             samples = [replace(s, rejected=None) for s in samples]
         if not answers:
-            samples = [replace(s, rejected=None, turns=[*s.turns[:-1], (s.turns[-1][0], None)])
-                       for s in samples]
-        rows = [self.row(s) for s in samples]
-        pictures = [self.picture(s) for s in samples]
+            samples = [replace(s, turns=[*s.turns[:-1], (s.turns[-1][0], None)]) for s in samples]
+        rows, pictures = [self.row(s) for s in samples], [self.picture(s) for s in samples]
         if blank:
             pictures = [None if p is None else torch.zeros_like(p) for p in pictures]
         paired = any(s.rejected is not None for s in samples)
         index = list(index or range(len(rows)))
-        return collate(rows, pictures, index, self.image_size, paired, dummy)
+        return collate(rows, pictures, index, self.encoder.image_size, paired, dummy)
+
+
+@functools.lru_cache(2)
+def permutation(length, seed):
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
 def shuffled(step, batch, length, seed):
     """The sampler: data set indices of a step. A pure function of the step, so that resuming needs
     no state; every epoch is a new permutation, and batches run across its end."""
-    picked, orders = [], {}
-    for at in range(step * batch, (step + 1) * batch):
-        epoch = at // length
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
-            orders[epoch] = torch.randperm(length, generator=generator)
-        picked.append(int(orders[epoch][at % length]))
-    return picked
+    return [int(permutation(length, seed * 1000003 + at // length)[at % length])
+            for at in range(step * batch, (step + 1) * batch)]
 
 
 class Steps(torch.utils.data.Dataset):
@@ -553,71 +629,197 @@ def train_tokenizer(folder, size=600):
 
 # ---------------------------------------------------------------------------------------- real data
 
+# The formats, told by their keys: what is said before the answer, the answer, a worse answer. Plus
+# image | images, id, system as a role; for evaluation category, metric
+FORMATS = [
+    ["conversations"], ["messages"],                                        # LLaVA's, its chat form
+    ["question", "chosen", "rejected"], ["prompt", "chosen", "rejected"],   # MMPR's, the paper's
+    ["question", "answers"], ["question", "answer"]]
+ROLES = {"human": "user", "gpt": "assistant", **{k: k for k in ("user", "assistant", "system")}}
+METRICS = ["exact", "relaxed", "anls", "vqa", "choice"]
+PICTURES = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"]    # others of Pillow's start programs
+SUFFIXES = [".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"]
+WRONG = AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError
+CHUNK = 1 << 22                 # bytes that are read together
+
+
+def spoken(said, role=None):
+    """[(role, text)] of a text, a message {from, value} or {role, content}, or a list of these;
+    content may be a list of {type: text | image, text}."""
+    if isinstance(said, list):
+        return [pair for message in said for pair in spoken(message, role)]
+    if isinstance(said, dict):
+        role, said = ROLES[said.get("from", said.get("role"))], said.get("value", said.get("content"))
+    if isinstance(said, list):
+        said = "\n".join("<image>" if p["type"] == "image" else p["text"] for p in said)
+    said.encode()               # only a text can, and only one without lone surrogates
+    return [(role, said)]
+
+
+def parse(text):
+    """JSON of one record (bytes) -> {field of Sample: value}, with the picture's name for image, or
+    None if it has several pictures, which are left out as in the paper. Raises ValueError."""
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    keys = next((keys for keys in FORMATS if set(keys) <= record.keys()), None)
+    if keys is None:
+        raise ValueError("needs the keys " + " or ".join(" + ".join(keys) for keys in FORMATS))
+    fields = {"category": "all", "metric": "exact"}
+    fields |= {key: str(record[key]) for key in ("id", *fields) if key in record}
+    try:
+        names = [name for _, name in spoken(record.get("image") or record.get("images") or [])]
+        said, answers = spoken(record[keys[0]], "user"), record[keys[-1]]
+        if keys[-1] == "rejected":
+            said += spoken(record["chosen"], "assistant")
+            fields["rejected"] = spoken(answers, "assistant")[-1][1]
+        elif len(keys) > 1:
+            answers = answers if isinstance(answers, list) else [answers]
+            fields["answers"] = tuple(map(str, answers))
+            said += spoken(fields["answers"][0], "assistant")
+        if said[0][0] == "system":
+            fields["system"] = said.pop(0)[1]
+        said = said[said[0][0] == "assistant":]             # as LLaVA: from the first question
+        said = said[:len(said) - (said[-1][0] == "user")]   # ... to the last answer
+        roles, texts = zip(*said)
+        if roles != ("user", "assistant") * (len(said) // 2):
+            raise ValueError("user and assistant do not take turns")
+        if fields["metric"] not in METRICS:
+            raise ValueError("metric is none of " + ", ".join(METRICS))
+    except WRONG as error:
+        raise ValueError(f"{', '.join([*keys, 'image'])}: wrong or incomplete ({error})") from None
+    if len(names) > 1 or names and sum(text.count("<image>") for text in texts[::2]) > 1:
+        return None
+    return fields | {"image": names[0] if names else None,
+                     "turns": list(zip(texts[::2], texts[1::2]))}
+
+
+def scan(file, bar):
+    """(first byte, text) of every record of a JSONL or a JSON array, a few megabytes at a time."""
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    with open(file, "rb") as f:
+        text, start, more = "", 0, True
+        while more and len(text) < 20 * CHUNK:  # longer than that is no record but a mistake
+            more = f.read(CHUNK)
+            text, at = text + more.decode("latin-1"), 0     # a byte each, which is enough to scan
+            if not start:
+                at = re.match(r"(\xef\xbb\xbf)?\s*\[?", text).end()
+            bar.update(len(more))
+            while (at := gap.match(text, at).end()) < len(text):
+                try:
+                    end = decode(text, at)[1]
+                except ValueError:              # its end is still to come, or it is wrong
+                    break
+                yield start + at, text[at:end].encode("latin-1")
+                at = end
+            text, start = text[at:].rstrip() if not more else text[at:], start + at
+        if text not in ("", "]"):
+            decode(text)                        # raises
+
+
 class Records:
-    """A JSON or JSONL file of conversations (LLaVA: image, conversations) or preferences (MMPR:
-    image, question, chosen, rejected; the paper's: image, prompt, chosen, rejected)."""
+    """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names, read one
+    at a time. Where they are is found once and kept in an index, which is mapped into memory: rows
+    of 4 words of 8 bytes. First a hash of the files' sizes and times, a hash of their content, and
+    the numbers of samples left out and of pairs; then for each sample its file, number, first byte
+    and length.
+
+    preferences: have they a rejected answer?     left_out: {reason: how many}"""
 
     def __init__(self, file, image_root=None):
-        self.file = Path(file)
-        self.root = Path(image_root or self.file.parent).resolve()
-        self.records, self.offsets, at = None, [], 0
+        self.file, folder = Path(file), Path(file).absolute().parent
+        bases = [Path(base).absolute() for base in (image_root, folder, folder.parent) if base]
+
+        def find(name):
+            found = [base / name for base in bases if (base / name).exists()]
+            if not found:
+                raise BadInput(f"{file}: {name} is nowhere below {bases[0]}; give its --image-root")
+            return Path(os.path.normpath(found[0]))
+
         try:
-            with open(self.file, "rb") as f:
-                if f.read(64).lstrip()[:1] == b"[":
-                    self.records = json.loads(self.file.read_text("utf-8"))
-                f.seek(0)
-                for line in f if self.records is None else ():
-                    self.offsets += [at] if line.strip() else []
-                    at += len(line)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{self.file}: cannot be read as JSON ({error})") from None
-        if not len(self):
-            raise BadInput(f"{self.file}: no samples in it")
-        self.preferences = "rejected" in self.record(0)
+            parts = {self.file.stem: {"annotation": self.file.absolute(), "root": bases[0]}}
+            with open(file, "rb") as f:
+                if b'"annotation"' in f.read(4096):
+                    parts = json.loads(self.file.read_text("utf-8"))
+            self.parts = [(name, find(part["annotation"]), find(part["root"]))
+                          for name, part in parts.items()]
+            stats = [(s.st_size, s.st_mtime_ns) for s in (path.stat() for _, path, _ in self.parts)]
+            stamp = hashlib.sha256(repr(stats).encode()).digest()
+            if not os.access(folder, os.W_OK):
+                folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
+                folder.mkdir(parents=True, exist_ok=True)
+            index = folder / f"{self.file.name}.index"
+            if not index.exists() or np.fromfile(index, "u8", 4).tobytes() != stamp:
+                part = index.with_name(f"{index.name}.{os.urandom(4).hex()}.part")
+                part.write_bytes(self.build(stamp, sum(size for size, _ in stats)))
+                os.replace(part, index)
+            rows = np.memmap(index, "u8", "r").reshape(-1, 4)
+        except (OSError, *WRONG) as error:
+            raise BadInput(f"{file}: cannot be read ({error})") from None
+        self.digest, self.rows, self.preferences = rows[1].tobytes(), rows[3:], bool(rows[2, 1])
+        self.left_out = {"several pictures": int(rows[2, 0])}
+
+    def build(self, stamp, size):
+        """The index, as bytes. Every record is parsed, so that training does not stop at one."""
+        digest, rows, several, pairs = hashlib.sha256(), array("Q"), 0, 0
+        with tqdm(desc=f"{self.file.name}: index, only once", total=size, unit="B", unit_scale=True,
+                  leave=False, disable=size < 8 * CHUNK or None) as bar:
+            for part, (_, file, _) in enumerate(self.parts):
+                number = 1
+                try:
+                    for start, text in scan(file, bar):
+                        fields = parse(text)
+                        if fields:
+                            rows.extend((part, number, start, len(text)))
+                            pairs += "rejected" in fields
+                        several += fields is None
+                        digest.update(text)
+                        number += 1
+                except (RecursionError, ValueError) as error:
+                    raise BadInput(f"{file}: sample {number}: {error}") from None
+        count = len(rows) // 4
+        if not count or pairs not in (0, count):
+            raise BadInput(f"{self.file}: {count} samples with at most one picture, {pairs} of them "
+                           "with \"rejected\"; it has to be all or none, and more than no samples")
+        return stamp + digest.digest() + array("Q", [several, pairs, 0, 0]) + rows.tobytes()
 
     def __len__(self):
-        return len(self.offsets if self.records is None else self.records)
-
-    def wrong(self, i, what):
-        return BadInput(f"{self.file}: sample {i + 1}: {what}")
-
-    def record(self, i):
-        record = self.records[i] if self.records else None
-        if record is None:
-            with open(self.file, "rb") as f:
-                f.seek(self.offsets[i])
-                try:
-                    record = json.loads(f.readline())
-                except ValueError as error:
-                    raise self.wrong(i, f"not a JSON line ({error})") from None
-        if not isinstance(record, dict):
-            raise self.wrong(i, "not a JSON object")
-        return record
+        return len(self.rows)
 
     def __getitem__(self, i):
-        record = self.record(i)
+        part, number, start, size = self.rows[i].tolist()
+        kind, file, root = self.parts[part]
+        try:
+            with open(file, "rb") as f:
+                f.seek(start)
+                fields = {"id": str(number), "kind": kind, "file": str(file), **parse(f.read(size))}
+        except (OSError, *WRONG) as error:
+            raise BadInput(f"{file}: changed while in use ({error}); start again") from None
+        sample, name = Sample(**fields), fields["image"]
+        if name is not None:
+            image = Path(os.path.normpath(root / name))
+            if root not in image.parents:
+                raise sample.wrong(f"image {name} is outside {root}; mend it or give --image-root")
+            others = [image, *map(image.with_suffix, SUFFIXES)]     # MMPR says .jpg of some .gif
+            sample.image = next(filter(os.path.isfile, others), image)
+        return sample
 
-        def text(key, source=record):
-            if not isinstance(source, dict) or not isinstance(source.get(key), str):
-                raise self.wrong(i, f"\"{key}\" is missing or not a text")
-            return source[key]
-
-        image = None
-        if record.get("image"):
-            image = (self.root / text("image")).resolve()
-            if not image.is_relative_to(self.root):
-                raise self.wrong(i, f"image {record['image']} is outside {self.root}")
-        rejected = None
-        if self.preferences:
-            key = "question" if "question" in record else "prompt"
-            turns, rejected = [(text(key), text("chosen"))], text("rejected")
-        else:
-            talk = record.get("conversations")
-            if not isinstance(talk, list) or not talk or len(talk) % 2:
-                raise self.wrong(i, "\"conversations\" is not a list of question and answer")
-            said = [text("value", turn) for turn in talk]
-            turns = list(zip(said[::2], said[1::2]))
-        return Sample(str(record.get("id", i)), image, turns, rejected, self.file.stem, "all")
+    def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
+        """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
+        whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
+        kept, long = [], 0
+        for i in tqdm(permutation(len(self), seed).tolist(), "selecting", leave=False, disable=None):
+            if len(kept) == take:
+                break
+            fits = not max_prompt_chosen or max_prompt_chosen >= len(
+                prepare.row(replace(self[i], rejected=None), 1 << 30).tokens)
+            kept += [i] * fits
+            long += not fits
+        if not kept:
+            raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
+        self.rows, self.left_out["too long"] = self.rows[kept], long
+        return self
 
     def fingerprint(self):
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        """A hash of the files' content, kept in the index, and of what is selected from them."""
+        return hashlib.sha256(self.digest + self.rows.tobytes()).hexdigest()

@@ -35,6 +35,8 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-6
     image_mean: tuple = (.5, .5, .5)
     image_std: tuple = (.5, .5, .5)
+    resample: int = 3
+    shortest_edge: int = 0
 
     @property
     def tokens(self):
