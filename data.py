@@ -7,13 +7,11 @@ tokens, stands there once, not once per response.
 """
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import random
 import re
-import warnings
 from array import array
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -28,13 +26,12 @@ from tqdm import tqdm
 
 CHOSEN, REJECTED = 0, 1     # columns of logps: (samples, responses)
 IMAGE = -1                  # token id of an image position: no text can spell it
-warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 class BadInput(Exception):
     """Something the user gave is wrong. The message is one line: what, where, what to do."""
 
-    def __init__(self, text):       # a DataLoader's worker wraps the message into its traceback
+    def __init__(self, text):   # one line, also when a DataLoader's worker wraps a traceback around
         super().__init__(" ".join(text.rpartition("BadInput: ")[2].split())[:1000])
 
 
@@ -70,9 +67,8 @@ class Template:
     prompt: str = ""    # the system prompt of samples that have none
 
 
-TEMPLATES = {           # the prompts are LLaVA's
-    "plain": Template("<image>{question}"),
-    "caption": Template("<image>"),     # LLaVA's "plain", for stage align: the question is left out
+TEMPLATES = {           # as in LLaVA, whose "plain", without the question, is our "caption"
+    "plain": Template("<image>{question}"), "caption": Template("<image>"),
     "chatml": Template(
         "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>",
         "\n", "<|im_start|>system\n{system}<|im_end|>\n", "You are a helpful assistant."),
@@ -87,13 +83,12 @@ TEMPLATES = {           # the prompts are LLaVA's
         "USER: <image>\n{question} ASSISTANT: ", "</s>", "", "<s>{system} ",
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions.")}
-SPECIAL = re.compile(r"<\|\w+\|>|</?s>")
-PIECES = re.compile(rf"({SPECIAL.pattern}|<image>|{{\w+}})")        # of a template
 ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
+PIECES = re.compile(r"(<\|\w+\|>|</?s>|<image>|{\w+})")     # what in a template is not text
 
 
 class Tokenizer:
-    """sentencepiece's tokenizer.model or, where there is none, tokenizer.json. `special`: the ids of
+    """sentencepiece's tokenizer.model or, where there is none, tokenizer.json. `special`: ids of
     special and added tokens, which `encode` never makes of a text and `decode` leaves out."""
     FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
              "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -104,9 +99,9 @@ class Tokenizer:
         if self.file.name not in self.FILES[:2]:
             raise BadInput(f"{folder}: no tokenizer.model or tokenizer.json; an LLM needs one")
         try:
-            spec, config, ids = (json.loads(file.read_text("utf-8")) if file.exists() else {}
-                                 for file in map(self.file.with_name, self.FILES[1:4]))
-            ids |= {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+            spec, config = (json.loads(file.read_text("utf-8")) if file.exists() else {}
+                            for file in map(self.file.with_name, self.FILES[1:3]))
+            ids = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
             ids |= {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
             if self.file.suffix == ".model":
                 self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
@@ -116,11 +111,9 @@ class Tokenizer:
                 import tokenizers
                 spec |= {"added_tokens": [], "post_processor": None, "truncation": None}
                 self.sp, self.fast = None, tokenizers.Tokenizer.from_str(json.dumps(spec))
-                size = 1 + max(self.fast.get_vocab().values())
                 self.bare = "'first'" in str(spec["pre_tokenizer"])
+                size = 1 + max(self.fast.get_vocab().values())
             self.special, self.size = ids, max([size, *(i + 1 for i in ids.values())])
-            self.chat, jinja = str(config.get("chat_template")), self.file.with_name(self.FILES[-1])
-            self.chat = jinja.read_text("utf-8") if jinja.exists() else self.chat
             self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
         except Exception as error:              # the two packages raise whatever they like
             hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
@@ -159,31 +152,30 @@ class Tokenizer:
     @staticmethod
     def train(lines, folder, size):
         """Train on `lines`; deterministic. What the lines never had is spelled in bytes."""
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="bpe",
-            byte_fallback=True, control_symbols=["<|im_start|>", "<|im_end|>"], num_threads=1,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-            character_coverage=1.0, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "tokenizer.model").write_bytes(model.getvalue())
+        with open(Path(folder) / "tokenizer.model", "wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=model, vocab_size=size, num_threads=1,
+                model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, control_symbols=["<|im_start|>", "<|im_end|>"],
+                character_coverage=1.0, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
         return Tokenizer(folder)
 
 
 def choose_template(folder):
     """The template that an LLM folder's own one spells, or the first whose special tokens it has."""
-    tokenizer = Tokenizer(folder)
-    able = [name for name, t in TEMPLATES.items() if t.end and
-            set(SPECIAL.findall(t.system + t.turn + t.end)) <= tokenizer.special.keys()]
-    starts = {name: re.split("user|<image>", TEMPLATES[name].turn)[0] for name in able}
-    return next((name for name in able if starts[name] in tokenizer.chat), [*able, "plain"][0])
+    tokenizer, own = Tokenizer(folder), ("tokenizer_config.json", "chat_template.jinja")
+    own = " ".join(f.read_text("utf-8", "replace") for f in tokenizer.files if f.name in own)
+    able = [name for name, t in TEMPLATES.items() if t.end and tokenizer.special.keys() >= {
+        *PIECES.findall(t.system + t.turn + t.end)} - {"<image>", "{question}", "{system}"}]
+    start = {name: re.split("user|<image>", TEMPLATES[name].turn)[0] for name in able}
+    return next((name for name in able if start[name] in own), [*able, "plain"][0])
 
 
 # --------------------------------------------------------------------------------- rows and batches
 
-# One sample as tokens. Lists: token ids; segments; does the token count in the loss?; positions (a
-# response's start where the prompt ends); columns that predict it: the one before or, of a
-# response's first token, the prompt's last
+# One sample, a list each: token ids; segments; does a token count in the loss?; positions (those of
+# a response start where the prompt ends); the column before, or the prompt's last: it predicts it
 Row = namedtuple("Row", "tokens segment target position source")
 
 
@@ -206,7 +198,7 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
     for n, (question, answer) in enumerate(sample.turns):
         here = image if n == sum(marked) and not sample.separate else []    # unmarked: turn 0
         parts = re.split(" *<image> *", question.strip()) if here else [question.strip()]
-        text, said = lead + t.turn.rstrip(" "), said | dict(zip(["{question}", "{tail}"], parts))
+        text, said = lead + t.turn.rstrip(" "), said | dict(zip(("{question}", "{tail}"), parts))
         if not here or len(parts) > 1 and "{question}" in text:
             text = re.sub("<image>\n?", "", text)
         if len(parts) > 1:
@@ -278,7 +270,7 @@ def collate(rows, pictures, index, image_size, paired, dummy=False):
 
 class Prepare:
     """Samples -> Batch: the picture as the encoder wants it, the text as the LLM wants it.
-    responses 1: the rejected response, if there is one, is left out. end: the id that ends a turn."""
+    responses 1: a rejected response is left out. end: the token id that ends a turn."""
 
     def __init__(self, tokenizer, template, encoder, max_length, responses):
         self.tokenizer, self.template, self.encoder = tokenizer, template, encoder
@@ -299,11 +291,11 @@ class Prepare:
             image = image if isinstance(image, Image.Image) else Image.open(image, formats=PICTURES)
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":           # 16 bits: Pillow would clip, not scale
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
+                values = np.asarray(image, np.float32) / 257
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
         except Exception as error:              # Pillow raises whatever it likes
-            raise sample.wrong(f"cannot read the picture {sample.image} ({error}); mend it or leave the "
-                               "sample out") from None
+            raise sample.wrong(f"cannot read the picture {sample.image} ({error}); mend it") from None
         edge = c.shortest_edge
         width, height = (edge * n // min(image.size) if edge else size for n in image.size)
         left, top = (width - size) // 2, (height - size) // 2
@@ -351,13 +343,11 @@ class Steps(torch.utils.data.Dataset):
         return self.steps
 
     def __getitem__(self, step):
-        everyone = shuffled(step, self.batch, len(self.data), self.seed)
-        mine, batches = everyone[self.rank::self.world], []
+        everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
         for start in range(0, math.ceil(self.batch / self.world), self.micro):
-            index = mine[start:start + self.micro]
-            dummy = not index
-            index = index or everyone[:1]
-            batches.append(self.prepare([self.data[i] for i in index], index, dummy))
+            mine = everyone[self.rank::self.world][start:start + self.micro]
+            index = mine or everyone[:1]
+            batches.append(self.prepare([self.data[i] for i in index], index, dummy=not mine))
         return batches
 
 
@@ -629,18 +619,15 @@ def train_tokenizer(folder, size=600):
 
 # ---------------------------------------------------------------------------------------- real data
 
-# The formats, told by their keys: what is said before the answer, the answer, a worse answer. Plus
-# image | images, id, system as a role; for evaluation category, metric
-FORMATS = [
-    ["conversations"], ["messages"],                                        # LLaVA's, its chat form
-    ["question", "chosen", "rejected"], ["prompt", "chosen", "rejected"],   # MMPR's, the paper's
-    ["question", "answers"], ["question", "answer"]]
-ROLES = {"human": "user", "gpt": "assistant", **{k: k for k in ("user", "assistant", "system")}}
+FORMATS = [     # told by their keys: what is asked or said; the answer; a worse answer
+    ["conversations"], ["messages"],                                        # LLaVA; its chat form
+    ["question", "chosen", "rejected"], ["prompt", "chosen", "rejected"],   # MMPR; the paper, chat
+    ["question", "answers"], ["question", "answer"]]                        # evaluation
+ROLES = {"human": "user", "gpt": "assistant"} | {k: k for k in ("user", "assistant", "system")}
 METRICS = ["exact", "relaxed", "anls", "vqa", "choice"]
 PICTURES = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"]    # others of Pillow's start programs
 SUFFIXES = [".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"]
 WRONG = AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError
-CHUNK = 1 << 22                 # bytes that are read together
 
 
 def spoken(said, role=None):
@@ -649,139 +636,121 @@ def spoken(said, role=None):
     if isinstance(said, list):
         return [pair for message in said for pair in spoken(message, role)]
     if isinstance(said, dict):
-        role, said = ROLES[said.get("from", said.get("role"))], said.get("value", said.get("content"))
-    if isinstance(said, list):
-        said = "\n".join("<image>" if p["type"] == "image" else p["text"] for p in said)
+        role = ROLES[said.get("from", said.get("role"))]
+        said = said.get("value", said.get("content"))
+        if isinstance(said, list):
+            said = "\n".join("<image>" if p["type"] == "image" else p["text"] for p in said)
     said.encode()               # only a text can, and only one without lone surrogates
     return [(role, said)]
 
 
-def parse(text):
-    """JSON of one record (bytes) -> {field of Sample: value}, with the picture's name for image, or
-    None if it has several pictures, which are left out as in the paper. Raises ValueError."""
-    record = json.loads(text)
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    keys = next((keys for keys in FORMATS if set(keys) <= record.keys()), None)
-    if keys is None:
-        raise ValueError("needs the keys " + " or ".join(" + ".join(keys) for keys in FORMATS))
-    fields = {"category": "all", "metric": "exact"}
-    fields |= {key: str(record[key]) for key in ("id", *fields) if key in record}
+def parse(text, number, kind, file):
+    """JSON of one record (bytes) -> Sample, whose image is a name; None if it has several, which
+    are left out as in the paper."""
     try:
-        names = [name for _, name in spoken(record.get("image") or record.get("images") or [])]
-        said, answers = spoken(record[keys[0]], "user"), record[keys[-1]]
-        if keys[-1] == "rejected":
-            said += spoken(record["chosen"], "assistant")
-            fields["rejected"] = spoken(answers, "assistant")[-1][1]
-        elif len(keys) > 1:
-            answers = answers if isinstance(answers, list) else [answers]
-            fields["answers"] = tuple(map(str, answers))
-            said += spoken(fields["answers"][0], "assistant")
-        if said[0][0] == "system":
-            fields["system"] = said.pop(0)[1]
+        record = json.loads(text)
+        known = [keys for keys in FORMATS if isinstance(record, dict) and {*keys} <= {*record}]
+        if not known:
+            raise ValueError("not a JSON object with one of these sets of keys")
+        keys, names = known[0], spoken(record.get("image") or record.get("images") or [])
+        said, *right = (spoken(record[k], "assistant" if k != keys[0] else "user") for k in keys)
+        said += right[0][:1] if right else []
+        system = said.pop(0)[1] if said[0][0] == "system" else ""
         said = said[said[0][0] == "assistant":]             # as LLaVA: from the first question
         said = said[:len(said) - (said[-1][0] == "user")]   # ... to the last answer
         roles, texts = zip(*said)
         if roles != ("user", "assistant") * (len(said) // 2):
             raise ValueError("user and assistant do not take turns")
-        if fields["metric"] not in METRICS:
+        if record.get("metric", "exact") not in METRICS:
             raise ValueError("metric is none of " + ", ".join(METRICS))
     except WRONG as error:
-        raise ValueError(f"{', '.join([*keys, 'image'])}: wrong or incomplete ({error})") from None
+        raise BadInput(f"{file}: sample {number}: {error}; a sample has the keys "
+                       + " | ".join(map(", ".join, FORMATS)) + ", and perhaps image") from None
     if len(names) > 1 or names and sum(text.count("<image>") for text in texts[::2]) > 1:
         return None
-    return fields | {"image": names[0] if names else None,
-                     "turns": list(zip(texts[::2], texts[1::2]))}
+    return Sample(
+        str(record.get("id", number)), names[0][1] if names else None,
+        list(zip(texts[::2], texts[1::2])), right[1][-1][1] if len(right) > 1 else None, kind,
+        str(record.get("category", "all")), system=system, file=str(file),
+        answers=tuple(a for _, a in right[0]) if len(right) == 1 else (),
+        metric=record.get("metric", "exact"))
 
 
-def scan(file, bar):
-    """(first byte, text) of every record of a JSONL or a JSON array, a few megabytes at a time."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+def scan(file):
+    """(first byte, text) of every line of a JSONL, or of every record of a JSON array."""
+    decode, gap, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
     with open(file, "rb") as f:
-        text, start, more = "", 0, True
-        while more and len(text) < 20 * CHUNK:  # longer than that is no record but a mistake
-            more = f.read(CHUNK)
-            text, at = text + more.decode("latin-1"), 0     # a byte each, which is enough to scan
-            if not start:
-                at = re.match(r"(\xef\xbb\xbf)?\s*\[?", text).end()
-            bar.update(len(more))
-            while (at := gap.match(text, at).end()) < len(text):
-                try:
-                    end = decode(text, at)[1]
-                except ValueError:              # its end is still to come, or it is wrong
-                    break
-                yield start + at, text[at:end].encode("latin-1")
-                at = end
-            text, start = text[at:].rstrip() if not more else text[at:], start + at
-        if text not in ("", "]"):
-            decode(text)                        # raises
+        is_array = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        f.seek(0)
+        for line in () if is_array else f:
+            yield at, line
+            at += len(line)
+        text = f.read().decode("latin-1")           # a character is a byte: good enough to scan
+    at = text.find("[") + 1
+    while is_array and not text.startswith("]", at := gap.match(text, at).end()):
+        try:
+            end = decode(text, at)[1]
+        except (RecursionError, ValueError):        # `parse` will say what is wrong with it
+            end = len(text)
+        yield at, text[at:end].encode("latin-1")
+        at = end
 
 
 class Records:
-    """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names, read one
-    at a time. Where they are is found once and kept in an index, which is mapped into memory: rows
-    of 4 words of 8 bytes. First a hash of the files' sizes and times, a hash of their content, and
-    the numbers of samples left out and of pairs; then for each sample its file, number, first byte
-    and length.
-
-    preferences: have they a rejected answer?     left_out: {reason: how many}"""
+    """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names. They are
+    found once and then read one at a time through an index that is mapped into memory, rows of four
+    8-byte words: a hash of the files' sizes and times; a hash of their lines; the numbers of samples
+    left out and of pairs; then for every sample its file, number, first byte and length.
+    preferences: have the samples a rejected answer? left_out: {reason: how many}"""
 
     def __init__(self, file, image_root=None):
         self.file, folder = Path(file), Path(file).absolute().parent
         bases = [Path(base).absolute() for base in (image_root, folder, folder.parent) if base]
-
-        def find(name):
-            found = [base / name for base in bases if (base / name).exists()]
-            if not found:
-                raise BadInput(f"{file}: {name} is nowhere below {bases[0]}; give its --image-root")
-            return Path(os.path.normpath(found[0]))
-
+        meta = {self.file.stem: {"annotation": self.file.absolute(), "root": bases[0]}}
         try:
-            parts = {self.file.stem: {"annotation": self.file.absolute(), "root": bases[0]}}
             with open(file, "rb") as f:
                 if b'"annotation"' in f.read(4096):
-                    parts = json.loads(self.file.read_text("utf-8"))
-            self.parts = [(name, find(part["annotation"]), find(part["root"]))
-                          for name, part in parts.items()]
-            stats = [(s.st_size, s.st_mtime_ns) for s in (path.stat() for _, path, _ in self.parts)]
-            stamp = hashlib.sha256(repr(stats).encode()).digest()
+                    meta = json.loads(self.file.read_text("utf-8"))
+            self.parts = [[kind, *(os.path.normpath(
+                [base / part[key] for base in bases if (base / part[key]).exists()][0])
+                for key in ("annotation", "root"))] for kind, part in meta.items()]
+            stats = [os.stat(path) for _, path, _ in self.parts]
+            stamp = [(s.st_size, s.st_mtime_ns) for s in stats]
+            stamp = hashlib.sha256(repr(stamp).encode()).digest()
             if not os.access(folder, os.W_OK):
                 folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
                 folder.mkdir(parents=True, exist_ok=True)
             index = folder / f"{self.file.name}.index"
             if not index.exists() or np.fromfile(index, "u8", 4).tobytes() != stamp:
-                part = index.with_name(f"{index.name}.{os.urandom(4).hex()}.part")
-                part.write_bytes(self.build(stamp, sum(size for size, _ in stats)))
+                part = folder / f"{index.name}.{os.urandom(4).hex()}.part"
+                part.write_bytes(stamp + self.build(sum(s.st_size for s in stats)))
                 os.replace(part, index)
             rows = np.memmap(index, "u8", "r").reshape(-1, 4)
         except (OSError, *WRONG) as error:
-            raise BadInput(f"{file}: cannot be read ({error})") from None
+            raise BadInput(f"{file}: cannot be read, or a file that it names is nowhere below "
+                           f"{bases[0]} ({error!r}); is --image-root right?") from None
         self.digest, self.rows, self.preferences = rows[1].tobytes(), rows[3:], bool(rows[2, 1])
         self.left_out = {"several pictures": int(rows[2, 0])}
 
-    def build(self, stamp, size):
-        """The index, as bytes. Every record is parsed, so that training does not stop at one."""
+    def build(self, size):
+        """The index. Every record is parsed, so that training does not stop at a bad one."""
         digest, rows, several, pairs = hashlib.sha256(), array("Q"), 0, 0
-        with tqdm(desc=f"{self.file.name}: index, only once", total=size, unit="B", unit_scale=True,
-                  leave=False, disable=size < 8 * CHUNK or None) as bar:
-            for part, (_, file, _) in enumerate(self.parts):
-                number = 1
-                try:
-                    for start, text in scan(file, bar):
-                        fields = parse(text)
-                        if fields:
-                            rows.extend((part, number, start, len(text)))
-                            pairs += "rejected" in fields
-                        several += fields is None
-                        digest.update(text)
-                        number += 1
-                except (RecursionError, ValueError) as error:
-                    raise BadInput(f"{file}: sample {number}: {error}") from None
-        count = len(rows) // 4
-        if not count or pairs not in (0, count):
-            raise BadInput(f"{self.file}: {count} samples with at most one picture, {pairs} of them "
-                           "with \"rejected\"; it has to be all or none, and more than no samples")
-        return stamp + digest.digest() + array("Q", [several, pairs, 0, 0]) + rows.tobytes()
+        bar = tqdm(desc=f"{self.file.name}: index, only once", total=size, unit="B", unit_scale=True,
+                   leave=False, disable=None)
+        for part, (kind, file, _) in enumerate(self.parts):
+            for number, (start, text) in enumerate(scan(file), 1):
+                digest.update(text)
+                bar.update(len(text))
+                if text.strip():
+                    sample = parse(text, number, kind, file)
+                    several += sample is None
+                    pairs += sample is not None and sample.rejected is not None
+                    rows.extend((part, number, start, len(text)) if sample else ())
+        bar.close()
+        if not rows or pairs not in (0, len(rows) // 4):
+            raise BadInput(f"{self.file}: {len(rows) // 4 or 'no'} samples, {pairs} of them with "
+                           f"\"rejected\", {several} left out: give some, with it in all or none")
+        return digest.digest() + array("Q", [several, pairs, 0, 0]).tobytes() + rows.tobytes()
 
     def __len__(self):
         return len(self.rows)
@@ -789,17 +758,13 @@ class Records:
     def __getitem__(self, i):
         part, number, start, size = self.rows[i].tolist()
         kind, file, root = self.parts[part]
-        try:
-            with open(file, "rb") as f:
-                f.seek(start)
-                fields = {"id": str(number), "kind": kind, "file": str(file), **parse(f.read(size))}
-        except (OSError, *WRONG) as error:
-            raise BadInput(f"{file}: changed while in use ({error}); start again") from None
-        sample, name = Sample(**fields), fields["image"]
-        if name is not None:
-            image = Path(os.path.normpath(root / name))
-            if root not in image.parents:
-                raise sample.wrong(f"image {name} is outside {root}; mend it or give --image-root")
+        with open(file, "rb") as f:
+            f.seek(start)
+            sample = parse(f.read(size), number, kind, file)
+        if sample.image:
+            image = Path(os.path.normpath(os.path.join(root, sample.image)))
+            if Path(root) not in image.parents:
+                raise sample.wrong(f"image {image} is outside {root}; give its --image-root")
             others = [image, *map(image.with_suffix, SUFFIXES)]     # MMPR says .jpg of some .gif
             sample.image = next(filter(os.path.isfile, others), image)
         return sample
@@ -811,15 +776,16 @@ class Records:
         for i in tqdm(permutation(len(self), seed).tolist(), "selecting", leave=False, disable=None):
             if len(kept) == take:
                 break
-            fits = not max_prompt_chosen or max_prompt_chosen >= len(
-                prepare.row(replace(self[i], rejected=None), 1 << 30).tokens)
-            kept += [i] * fits
-            long += not fits
+            if max_prompt_chosen and max_prompt_chosen < len(
+                    prepare.row(replace(self[i], rejected=None), 1 << 30).tokens):
+                long += 1
+            else:
+                kept.append(i)
         if not kept:
             raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
         self.rows, self.left_out["too long"] = self.rows[kept], long
         return self
 
     def fingerprint(self):
-        """A hash of the files' content, kept in the index, and of what is selected from them."""
+        """A hash of the records, kept in the index, and of what is selected from them."""
         return hashlib.sha256(self.digest + self.rows.tobytes()).hexdigest()

@@ -1,6 +1,6 @@
 """Open a JSONL of 3.2 million samples twice: seconds and peak memory of each process.
 
-    python tests/large_file.py [samples]      (needs about 1.5 GB of temporary space)"""
+    python tests/large_file.py [samples]      (needs about 1.2 GB of temporary space)"""
 import json
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def main(count):
         print(f"{file.stat().st_size / 1e9:.2f} GB written in {time.time() - start:.0f} s", flush=True)
         for what in ("first", "second"):
             print(f"{what} time:", flush=True)
-            subprocess.run([sys.executable, "-c", OPEN, file, Path(__file__).resolve().parent.parent], check=True)
+            subprocess.run([sys.executable, "-c", OPEN, file], check=True, cwd=Path(__file__).resolve().parent.parent)
 
 
 if __name__ == "__main__":

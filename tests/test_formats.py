@@ -221,7 +221,7 @@ TURNS = [("<image>\nq", "c")]
     ({"image": "a.png", "question": "q", "answers": ["c", "d"], "category": "ocr", "metric": "anls"},
      {"turns": [("q", "c")], "answers": ("c", "d"), "category": "ocr", "metric": "anls"}),
     ({"question": "q", "answers": ["c"] * 7 + ["d"] * 3}, {"answers": ("c",) * 7 + ("d",) * 3}),
-    ({"question": "q", "answer": 3}, {"turns": [("q", "3")], "answers": ("3",), "metric": "exact"})])
+    ({"question": "q", "answer": "3"}, {"turns": [("q", "3")], "answers": ("3",), "metric": "exact"})])
 def test_formats_are_told_by_their_keys(tmp_path, record, expected):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "one.json").write_text(json.dumps([{"id": 5, **record}]))
@@ -235,7 +235,7 @@ def test_formats_are_told_by_their_keys(tmp_path, record, expected):
 
 @pytest.mark.parametrize("record, message", [
     ({}, "prompt"), ({"question": "q"}, "answers"), ({"question": "q", "chosen": "c"}, "rejected"),
-    ({"question": "q", "answer": 3, "metric": "f1"}, "metric"), ({"question": "\ud800", "answer": "a"}, "question"),
+    ({"question": "q", "answer": "a", "metric": "f1"}, "metric"), ({"question": "\ud800", "answer": "a"}, "question"),
     ({"conversations": [user("q"), user("q"), ANSWER]}, "take turns"), ({"conversations": [user("q", who="bot")]}, "bot"),
     ({"conversations": [3]}, "conversations"), ({"image": {"bytes": 1}, **PAIR}, "image"), ([], "not a JSON object"),
     ({"question": "q", "answers": []}, "answers"), ({"prompt": [ANSWER], "chosen": "c", "rejected": "r"}, "take turns")])
@@ -250,7 +250,7 @@ def test_samples_with_several_pictures_are_left_out_and_counted(tmp_path):
     several = [{"image": ["a.png", "b.png"], **PAIR}, {"image": "a.png", **PAIR, "question": "<image> <image>"}]
     records = data.Records(write(tmp_path / "x.jsonl", [PAIR, *several, {"image": ["a.png"], **PAIR, "id": "last"}]))
     assert len(records) == 2 and records[1].id == "last" and records.left_out == {"several pictures": 2}
-    with pytest.raises(BadInput, match="2 samples .* 1 of them with .rejected."):
+    with pytest.raises(BadInput, match="2 samples, 1 of them with .rejected."):
         data.Records(write(tmp_path / "x.jsonl", [PAIR, {"question": "q", "answer": "a"}]))
 
 
@@ -307,11 +307,10 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "home").rglob("*") if p.is_file()] == ["x.jsonl.index"]
 
 
-def test_a_large_array_is_read_in_pieces(tmp_path, monkeypatch):
-    """Chunks that end anywhere, also within a character; the same samples as from lines."""
+def test_an_array_is_read_like_lines(tmp_path):
+    """Without a copy, through the byte offsets of its records, whatever they contain."""
     records = [{**PAIR, "id": str(i), "question": "ü図[{\"\\ ," * (i % 50)} for i in range(3000)]
     lines = data.Records(write(tmp_path / "lines.jsonl", records))
-    monkeypatch.setattr(data, "CHUNK", 5001)
     for name, text in [("a.json", json.dumps(records, indent=1, ensure_ascii=False)), ("b.json", json.dumps(records)),
                        ("c.jsonl", "\ufeff" + "\r\n\r\n".join(map(json.dumps, records)))]:
         (tmp_path / name).write_text(text)
@@ -321,7 +320,7 @@ def test_a_large_array_is_read_in_pieces(tmp_path, monkeypatch):
             assert (large[i].id, large[i].turns) == (lines[i].id, lines[i].turns)
     for broken in (json.dumps(records)[:-9], json.dumps(records)[:-1] + ", nonsense" + " " * 50000):
         (tmp_path / "x.json").write_text(broken)
-        with pytest.raises(BadInput, match="x.json: sample 300[01]: "):
+        with pytest.raises(BadInput, match="x.json: sample 300[01]: Expecting"):
             data.Records(tmp_path / "x.json")
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("x.json.*"))
 
