@@ -163,7 +163,7 @@ class Tokenizer:
 
 
 def choose_template(folder):
-    """The template that an LLM folder's own one spells, or the first whose special tokens it has."""
+    """The template that an LLM folder's own spells, or the first whose special tokens it has."""
     tokenizer, own = Tokenizer(folder), ("tokenizer_config.json", "chat_template.jinja")
     own = " ".join(f.read_text("utf-8", "replace") for f in tokenizer.files if f.name in own)
     able = [name for name, t in TEMPLATES.items() if t.end and tokenizer.special.keys() >= {
@@ -212,8 +212,8 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
 
     prompt = sum(len(ids) for ids, segment, _ in pieces if segment == 0)
     if not 0 < prompt < max_length:
-        raise sample.wrong(f"its prompt has {prompt} tokens ({len(image)} of the image), it needs 1 "
-                           f"to {max_length - 1}; raise --max-length or leave the sample out")
+        raise sample.wrong(f"its prompt has {prompt} tokens ({len(image)} of the image), not 1 to "
+                           f"{max_length - 1}; raise --max-length or leave the sample out")
     columns, following = [], {0: 0}             # the next position of each segment
     for token, segment, target in ((i, *rest) for ids, *rest in pieces for i in ids):
         n = following.setdefault(segment, prompt)
@@ -295,7 +295,7 @@ class Prepare:
                 image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
         except Exception as error:              # Pillow raises whatever it likes
-            raise sample.wrong(f"cannot read the picture {sample.image} ({error}); mend it") from None
+            raise sample.wrong(f"cannot read picture {sample.image} ({error}); mend it") from None
         edge = c.shortest_edge
         width, height = (edge * n // min(image.size) if edge else size for n in image.size)
         left, top = (width - size) // 2, (height - size) // 2
@@ -648,7 +648,7 @@ def parse(text, number, kind, file):
     """JSON of one record (bytes) -> Sample, whose image is a name; None if it has several, which
     are left out as in the paper."""
     try:
-        record = json.loads(text)
+        record = json.loads(text.decode("utf-8-sig"))
         known = [keys for keys in FORMATS if isinstance(record, dict) and {*keys} <= {*record}]
         if not known:
             raise ValueError("not a JSON object with one of these sets of keys")
@@ -697,9 +697,9 @@ def scan(file):
 
 
 class Records:
-    """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names. They are
-    found once and then read one at a time through an index that is mapped into memory, rows of four
-    8-byte words: a hash of the files' sizes and times; a hash of their lines; the numbers of samples
+    """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names. They
+    are found once, then read one at a time through an index that is mapped into memory, rows of 4
+    8-byte words: a hash of the files' sizes and times; one of their lines; the numbers of samples
     left out and of pairs; then for every sample its file, number, first byte and length.
     preferences: have the samples a rejected answer? left_out: {reason: how many}"""
 
@@ -715,15 +715,15 @@ class Records:
                 [base / part[key] for base in bases if (base / part[key]).exists()][0])
                 for key in ("annotation", "root"))] for kind, part in meta.items()]
             stats = [os.stat(path) for _, path, _ in self.parts]
-            stamp = [(s.st_size, s.st_mtime_ns) for s in stats]
-            stamp = hashlib.sha256(repr(stamp).encode()).digest()
+            stamp = repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+            stamp = hashlib.sha256(stamp).digest()
             if not os.access(folder, os.W_OK):
                 folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
                 folder.mkdir(parents=True, exist_ok=True)
             index = folder / f"{self.file.name}.index"
             if not index.exists() or np.fromfile(index, "u8", 4).tobytes() != stamp:
                 part = folder / f"{index.name}.{os.urandom(4).hex()}.part"
-                part.write_bytes(stamp + self.build(sum(s.st_size for s in stats)))
+                part.write_bytes(stamp + self.build())
                 os.replace(part, index)
             rows = np.memmap(index, "u8", "r").reshape(-1, 4)
         except (OSError, *WRONG) as error:
@@ -732,21 +732,18 @@ class Records:
         self.digest, self.rows, self.preferences = rows[1].tobytes(), rows[3:], bool(rows[2, 1])
         self.left_out = {"several pictures": int(rows[2, 0])}
 
-    def build(self, size):
+    def build(self):
         """The index. Every record is parsed, so that training does not stop at a bad one."""
         digest, rows, several, pairs = hashlib.sha256(), array("Q"), 0, 0
-        bar = tqdm(desc=f"{self.file.name}: index, only once", total=size, unit="B", unit_scale=True,
-                   leave=False, disable=None)
         for part, (kind, file, _) in enumerate(self.parts):
-            for number, (start, text) in enumerate(scan(file), 1):
+            bar = tqdm(scan(file), f"{file}: index, only once", unit="", leave=False, disable=None)
+            for number, (start, text) in enumerate(bar, 1):
                 digest.update(text)
-                bar.update(len(text))
                 if text.strip():
                     sample = parse(text, number, kind, file)
                     several += sample is None
                     pairs += sample is not None and sample.rejected is not None
                     rows.extend((part, number, start, len(text)) if sample else ())
-        bar.close()
         if not rows or pairs not in (0, len(rows) // 4):
             raise BadInput(f"{self.file}: {len(rows) // 4 or 'no'} samples, {pairs} of them with "
                            f"\"rejected\", {several} left out: give some, with it in all or none")
@@ -772,18 +769,14 @@ class Records:
     def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
         """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
         whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
-        kept, long = [], 0
-        for i in tqdm(permutation(len(self), seed).tolist(), "selecting", leave=False, disable=None):
-            if len(kept) == take:
-                break
-            if max_prompt_chosen and max_prompt_chosen < len(
-                    prepare.row(replace(self[i], rejected=None), 1 << 30).tokens):
-                long += 1
-            else:
-                kept.append(i)
+        order, limit = permutation(len(self), seed).tolist(), max_prompt_chosen
+        fitting = (i for i in tqdm(order, "selecting", leave=False, disable=None) if not limit or
+                   len(prepare.row(replace(self[i], rejected=None), 1 << 30).tokens) <= limit)
+        kept = [i for _, i in zip(range(take or len(order)), fitting)]
         if not kept:
-            raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
-        self.rows, self.left_out["too long"] = self.rows[kept], long
+            raise BadInput(f"{self.file}: no sample has at most {limit} tokens")
+        seen = order.index(kept[-1]) + 1 if len(kept) == take else len(order)
+        self.rows, self.left_out["too long"] = self.rows[kept], seen - len(kept)
         return self
 
     def fingerprint(self):
