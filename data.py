@@ -723,7 +723,10 @@ class Records:
             index = folder / f"{self.file.name}.index"
             if not index.exists() or np.fromfile(index, "u8", 4).tobytes() != stamp:
                 part = folder / f"{index.name}.{os.urandom(4).hex()}.part"
-                part.write_bytes(stamp + self.build())
+                header, found = self.build()
+                with open(part, "wb") as out:
+                    out.write(stamp + header)
+                    found.tofile(out)
                 os.replace(part, index)
             rows = np.memmap(index, "u8", "r").reshape(-1, 4)
         except (OSError, *WRONG) as error:
@@ -733,7 +736,7 @@ class Records:
         self.left_out = {"several pictures": int(rows[2, 0])}
 
     def build(self):
-        """The index. Every record is parsed, so that training does not stop at a bad one."""
+        """Find all samples. Each is parsed, so that training does not stop at a bad one."""
         digest, rows, several, pairs = hashlib.sha256(), array("Q"), 0, 0
         for part, (kind, file, _) in enumerate(self.parts):
             bar = tqdm(scan(file), f"{file}: index, only once", unit="", leave=False, disable=None)
@@ -747,7 +750,7 @@ class Records:
         if not rows or pairs not in (0, len(rows) // 4):
             raise BadInput(f"{self.file}: {len(rows) // 4 or 'no'} samples, {pairs} of them with "
                            f"\"rejected\", {several} left out: give some, with it in all or none")
-        return digest.digest() + array("Q", [several, pairs, 0, 0]).tobytes() + rows.tobytes()
+        return digest.digest() + array("Q", [several, pairs, 0, 0]).tobytes(), rows
 
     def __len__(self):
         return len(self.rows)
@@ -777,8 +780,9 @@ class Records:
             raise BadInput(f"{self.file}: no sample has at most {limit} tokens")
         seen = order.index(kept[-1]) + 1 if len(kept) == take else len(order)
         self.rows, self.left_out["too long"] = self.rows[kept], seen - len(kept)
+        self.digest = hashlib.sha256(self.digest + self.rows.tobytes()).digest()
         return self
 
     def fingerprint(self):
-        """A hash of the records, kept in the index, and of what is selected from them."""
-        return hashlib.sha256(self.digest + self.rows.tobytes()).hexdigest()
+        """Of all lines, kept in the index, and of what is selected from them."""
+        return self.digest.hex()

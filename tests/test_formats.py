@@ -283,7 +283,7 @@ HOSTILE = {     # content of a JSONL -> how many samples, or what the error says
     b'{"a": "\0"}': "Invalid control", GOOD + b"\n\0": "sample 2", GOOD[:-9] + b'\xff"}': "sample 1.*utf-8",
     b"[" * 100000: "recursion", b'{"question":' * 100000: "recursion", b"\x80\x04pickle": "sample 1", GOOD * 2: "Extra data",
     b'{"id": ' + b"9" * 9999 + b"}": "sample 1", GOOD.decode().encode("utf-16"): "sample 1", b"null": "not a JSON object",
-    b"{}": "keys", b'[{"annotation"': "sample 1", b'{"annotation"': "cannot be read", b'{"a": {"annotation": 1}}': "cannot be read"}
+    b"{}": "keys", b'[{"annotation"': "cannot be read", b'{"annotation"': "cannot be read", b'{"a": {"annotation": 1}}': "cannot be read"}
 
 
 @pytest.mark.parametrize("content", list(HOSTILE), ids=range(len(HOSTILE)))
@@ -303,7 +303,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
         st.sampled_from(["from", "value", "role", "content", "type", "text"]), inner, max_size=3), max_leaves=8)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(record=st.dictionaries(st.sampled_from("id image images conversations messages question prompt chosen rejected "
                                               "answers answer category metric".split()), JSON), raw=st.binary(max_size=40))
 def test_any_record_is_a_sample_or_named(tokenizer, record, raw):
