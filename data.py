@@ -277,9 +277,9 @@ class Prepare:
         self.max_length, self.responses = max_length, responses
         self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
-    def row(self, sample, max_length=None):
-        return encode(sample, self.tokenizer, self.template, self.encoder.tokens,
-                      max_length or self.max_length)
+    def row(self, sample, limit=None):
+        limit = limit or self.max_length
+        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, limit)
 
     def picture(self, sample):
         """(3, H, W) float32, or None. As the image processors of SigLIP (squeezed into a square) or
@@ -717,7 +717,7 @@ class Records:
             stats = [os.stat(path) for _, path, _ in self.parts]
             stamp = repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
             stamp = hashlib.sha256(stamp).digest()
-            if not os.access(folder, os.W_OK):
+            if not (folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK)):  # root may
                 folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
                 folder.mkdir(parents=True, exist_ok=True)
             index = folder / f"{self.file.name}.index"

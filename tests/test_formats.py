@@ -343,7 +343,7 @@ def test_the_index_follows_the_file(tmp_path):
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     file = write(tmp_path / "data" / "x.jsonl", [PAIR])
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (tmp_path / "data").chmod(0o555)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert len(data.Records(file)) == 1 and os.listdir(tmp_path / "data") == ["x.jsonl"]
     assert [p.name for p in (tmp_path / "home").rglob("*") if p.is_file()] == ["x.jsonl.index"]
