@@ -56,6 +56,15 @@ def test_row_layout(tokenizer):
     assert batch.target.tolist() == yes + no and batch.response.tolist() == [0] * len(yes) + [1] * len(no)
 
 
+def test_both_responses_see_the_last_question(tokenizer):
+    """All that goes before a preference's last answer is its prompt, earlier answers included."""
+    row = data.encode(Sample("x", None, [("q", "a"), ("so", "yes")], "no"), tokenizer, "plain", 3, 100)
+    parts = [[t for t, segment in zip(row.tokens, row.segment) if segment == k] for k in range(3)]
+    q, a, so, yes, no = map(tokenizer.encode, ("q", "a", "so", "yes", "no"))
+    assert parts == [[*q, *a, tokenizer.end, *so], [*yes, tokenizer.end], [*no, tokenizer.end]]
+    assert sum(row.target) == len(parts[1] + parts[2])
+
+
 def test_image_goes_first_where_no_placeholder_is(tokenizer):
     row = data.encode(Sample("x", Image.new("RGB", (8, 8)), [("red", "yes")]), tokenizer, "plain", 3, 100)
     assert row.tokens[:3] == [IMAGE] * 3
