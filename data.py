@@ -7,20 +7,22 @@ tokens, stands there once, not once per response.
 """
 import functools
 import hashlib
-import io
 import json
 import math
+import os
 import random
 import re
-from collections import Counter
+from array import array
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 CHOSEN, REJECTED = 0, 1     # columns of logps: (samples, responses)
 IMAGE = -1                  # token id of an image position: no text can spell it
@@ -28,6 +30,9 @@ IMAGE = -1                  # token id of an image position: no text can spell i
 
 class BadInput(Exception):
     """Something the user gave is wrong. The message is one line: what, where, what to do."""
+
+    def __init__(self, text):   # one line, also when a DataLoader's worker wraps a traceback around
+        super().__init__(" ".join(text.rpartition("BadInput: ")[2].split())[:1000])
 
 
 @dataclass
@@ -42,121 +47,182 @@ class Sample:
     region: np.ndarray | None = None    # (H, W) bool: what the question is about
     detail: str = ""                    # what it is about: color, shape, ...
     separate: bool = False              # the turns are conversations of their own
+    system: str = ""                    # instead of the template's system prompt
+    answers: tuple = ()                 # all that count as right, for evaluation by a
+    metric: str = "exact"               # exact | relaxed | anls | vqa | choice
+    file: str = ""                      # where it was read, for messages
+
+    def wrong(self, what):
+        return BadInput(f"{self.file}: sample {self.id}: {what}".lstrip(": "))
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------- templates and tokenizer
 
-SPECIAL = ["<|im_start|>", "<|im_end|>"]
-# before the question, between question and answer, after the answer (its first token ends the turn)
-TEMPLATES = {"plain": ("", "", "<|im_end|>"),
-             "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
-                        "<|im_end|>\n")}
+@dataclass
+class Template:
+    """The text around what people say. Only here do special tokens count."""
+    turn: str           # a question and what follows; <image> goes here if the question has none
+    end: str = ""       # ends an answer; where empty, the tokenizer's own token does
+    after: str = ""     # between two turns
+    system: str = ""    # before the first turn
+    prompt: str = ""    # the system prompt of samples that have none
+
+
+TEMPLATES = {           # as in LLaVA, whose "plain", without the question, is our "caption"
+    "plain": Template("<image>{question}"), "caption": Template("<image>"),
+    "chatml": Template(
+        "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>",
+        "\n", "<|im_start|>system\n{system}<|im_end|>\n", "You are a helpful assistant."),
+    "llama3": Template(
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        "You are a helpful language and vision assistant. You are able to understand the visual "
+        "content that the user provides, and assist the user with a variety of tasks using natural "
+        "language."),
+    "vicuna": Template(
+        "USER: <image>\n{question} ASSISTANT: ", "</s>", "", "<s>{system} ",
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions.")}
+ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
+PIECES = re.compile(r"(<\|\w+\|>|</?s>|<image>|{\w+})")     # what in a template is not text
 
 
 class Tokenizer:
-    """A sentencepiece model. Special tokens are control symbols: text never makes them."""
+    """sentencepiece's tokenizer.model or, where there is none, tokenizer.json. `special`: ids of
+    special and added tokens, which `encode` never makes of a text and `decode` leaves out."""
+    FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+             "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
     def __init__(self, folder):
-        self.file = Path(folder) / "tokenizer.model"
-        if not self.file.exists():
-            raise BadInput(f"{self.file}: not found; an LLM folder needs its tokenizer")
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-        self.special = {self.sp.id_to_piece(i): i for i in range(len(self))
-                        if self.sp.is_control(i)}
-        self.end = self.special["<|im_end|>"]
+        self.files = [file for file in map(Path(folder).joinpath, self.FILES) if file.exists()]
+        self.file = self.files[0] if self.files else Path(folder)
+        if self.file.name not in self.FILES[:2]:
+            raise BadInput(f"{folder}: no tokenizer.model or tokenizer.json; an LLM needs one")
+        try:
+            spec, config = (json.loads(file.read_text("utf-8")) if file.exists() else {}
+                            for file in map(self.file.with_name, self.FILES[1:3]))
+            ids = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+            ids |= {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+            if self.file.suffix == ".model":
+                self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+                size, self.bare = len(self.sp), config.get("legacy") is False
+                ids |= {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
+            else:
+                import tokenizers
+                spec |= {"added_tokens": [], "post_processor": None, "truncation": None}
+                self.sp, self.fast = None, tokenizers.Tokenizer.from_str(json.dumps(spec))
+                self.bare = "'first'" in str(spec["pre_tokenizer"])
+                size = 1 + max(self.fast.get_vocab().values())
+            self.special, self.size = ids, max([size, *(i + 1 for i in ids.values())])
+            self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
+        except Exception as error:              # the two packages raise whatever they like
+            hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
+            raise BadInput(f"{self.file}: cannot be read ({error!r}){hint}") from None
 
     def __len__(self):
-        return self.sp.get_piece_size()
+        return self.size
 
-    def encode(self, text):
-        return self.sp.encode(text)
+    def encode(self, text, inside=False):
+        """inside: other text goes before, so that Llama's tokenizers put no space in front."""
+        ids = self.sp.encode(text) if self.sp else self.fast.encode(text).ids
+        if inside:
+            before, both = self.encode("\n"), self.encode("\n" + text)
+            ids = both[len(before):] if both[:len(before)] == before else ids
+        return ids
 
     def decode(self, ids):
-        return self.sp.decode([int(i) for i in ids])
+        ids = [int(i) for i in ids if 0 <= i < self.size and int(i) not in self.special.values()]
+        return self.sp.decode(ids) if self.sp else self.fast.decode(ids)
 
-    def template(self, text):
-        """Token ids of a piece of a template, the only text in which special tokens count."""
-        return [i for part in re.split(r"(<\|\w+\|>)", text)
-                for i in ([self.special[part]] if part in self.special else self.encode(part))]
+    def template(self, text, said={}, image=(), inside=False):
+        """Token ids of a template's text. said: what people say, for its {names}; image: ids for
+        its <image>; inside: a special token goes before. In between, text is encoded as one."""
+        ids, run, inside = [], "", inside and self.bare
+        for piece in PIECES.split(text):
+            if piece in said or not PIECES.fullmatch(piece):
+                run += said.get(piece, piece)
+            elif piece == "<image>" or piece in self.special:
+                ids += self.encode(run, inside)
+                ids += image if piece == "<image>" else [self.special[piece]]
+                run, inside = "", self.bare and piece != "<s>"
+            else:
+                raise BadInput(f"{self.file}: has no {piece}; choose another --template")
+        return ids + self.encode(run, inside)
 
     @staticmethod
     def train(lines, folder, size):
         """Train on `lines`; deterministic. What the lines never had is spelled in bytes."""
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="bpe",
-            byte_fallback=True, control_symbols=SPECIAL, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-            bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "tokenizer.model").write_bytes(model.getvalue())
+        with open(Path(folder) / "tokenizer.model", "wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=model, vocab_size=size, num_threads=1,
+                model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, control_symbols=["<|im_start|>", "<|im_end|>"],
+                character_coverage=1.0, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
         return Tokenizer(folder)
+
+
+def choose_template(folder):
+    """The template that an LLM folder's own spells, or the first whose special tokens it has."""
+    tokenizer, own = Tokenizer(folder), ("tokenizer_config.json", "chat_template.jinja")
+    own = " ".join(f.read_text("utf-8", "replace") for f in tokenizer.files if f.name in own)
+    able = [name for name, t in TEMPLATES.items() if t.end and tokenizer.special.keys() >= {
+        *PIECES.findall(t.system + t.turn + t.end)} - {"<image>", "{question}", "{system}"}]
+    start = {name: re.split("user|<image>", TEMPLATES[name].turn)[0] for name in able}
+    return next((name for name in able if start[name] in own), [*able, "plain"][0])
 
 
 # --------------------------------------------------------------------------------- rows and batches
 
-@dataclass
-class Row:
-    """One sample as tokens. Positions of a response start where the prompt ends."""
-    tokens: list
-    segment: list
-    target: list        # bool: does this token count in the loss?
-    position: list
-    source: list        # column that predicts the token: the one before, or the prompt's last
+# One sample, a list each: token ids; segments; does a token count in the loss?; positions (those of
+# a response start where the prompt ends); the column before, or the prompt's last: it predicts it
+Row = namedtuple("Row", "tokens segment target position source")
 
 
 def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
     turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
-    before, between, after = (tokenizer.template(part) for part in TEMPLATES[template])
+    t, last, paired = TEMPLATES[template], len(sample.turns) - 1, sample.rejected is not None
     image = [IMAGE] * image_tokens if sample.image is not None else []
+    marked = [n for n, turn in enumerate(sample.turns) for _ in re.findall("<image>", turn[0])]
+    if image and len(marked) > 1:
+        raise sample.wrong("more than one <image> for one picture; leave it out")
+    end, space = tokenizer.template(t.end) or [tokenizer.end], " " * t.turn.endswith(" ")
 
-    def ask(question, image):
-        parts = question.split("<image>") if image else [question]
-        if len(parts) > 2:
-            raise BadInput(f"sample {sample.id}: more than one <image>; leave it out")
-        if len(parts) < 2:
-            parts = ["", question]                          # no placeholder: the image goes first
-        head, tail = (tokenizer.encode(p.strip()) if p.strip() else [] for p in parts)
-        return before + head + image + tail + between
+    def say(answer):            # a space before it belongs to its first token: " yes" is one
+        return tokenizer.encode(space + answer, t.end != "") + end if answer is not None else []
 
-    def say(answer):
-        return tokenizer.encode(answer) + after[:1] if answer is not None else []
-
-    pieces = [(image, 0, False)] if sample.separate else []     # (ids, segment, target)
-    for number, (question, answer) in enumerate(sample.turns):
-        if sample.separate:
-            pieces += [(ask(question, []), number + 1, False), (say(answer), number + 1, True)]
-            continue
-        last = number == len(sample.turns) - 1
-        context = sample.rejected is not None and not last      # earlier turns are its prompt
-        segment = 0 if context else 1
-        pieces += [(ask(question, [] if number else image), segment if number else 0, False),
-                   (say(answer), segment, not context)]
-        if not last:
-            pieces += [(after[1:], segment, False)]
-    if sample.rejected is not None:
-        pieces += [(say(sample.rejected), 2, True)]
+    pieces, lead, said = [], t.system, {"{system}": sample.system or t.prompt}
+    if sample.separate:
+        pieces, lead = [(tokenizer.template(lead + "<image>", said, image), 0, False)], ""
+    for n, (question, answer) in enumerate(sample.turns):
+        here = image if n == sum(marked) and not sample.separate else []    # unmarked: turn 0
+        parts = re.split(" *<image> *", question.strip()) if here else [question.strip()]
+        text, said = lead + t.turn.rstrip(" "), said | dict(zip(("{question}", "{tail}"), parts))
+        if not here or len(parts) > 1 and "{question}" in text:
+            text = re.sub("<image>\n?", "", text)
+        if len(parts) > 1:
+            text = text.replace("{question}", "{question}<image>{tail}")
+        counts = n == last or not paired        # what precedes a preference's last answer: prompt
+        ask, reply = (n + 1, n + 1) if sample.separate else (int(n > 0 and not paired), int(counts))
+        pieces += [(tokenizer.template(text, said, here, inside=n > 0), ask, False),
+                   (say(answer), reply, counts)]                    # (ids, segment, target)
+        lead = "" if sample.separate else t.after
+    pieces.append((say(sample.rejected), 2, True))
 
     prompt = sum(len(ids) for ids, segment, _ in pieces if segment == 0)
-    if prompt >= max_length:
-        raise BadInput(f"sample {sample.id}: its prompt has {prompt} tokens ({len(image)} of the "
-                       f"image), the limit is {max_length}; raise --max-length or leave it out")
-    row, following = Row([], [], [], [], []), Counter()         # the next position of each segment
-    for ids, segment, target in pieces:
-        for i in ids:
-            n = following[segment] + (prompt if segment else 0)
-            following[segment] += 1
-            if n < max_length:
-                fresh = segment and n == prompt                 # a response's first token
-                row.source.append((prompt if fresh else len(row.tokens)) - 1)
-                row.tokens.append(i)
-                row.segment.append(segment)
-                row.target.append(target)
-                row.position.append(n)
-    if prompt == 0 and row.target[:1] == [True]:
-        raise BadInput(f"sample {sample.id}: nothing stands before its answer; give it a question")
-    return row
+    if not 0 < prompt < max_length:
+        raise sample.wrong(f"its prompt has {prompt} tokens ({len(image)} of the image), not 1 to "
+                           f"{max_length - 1}; raise --max-length or leave the sample out")
+    columns, following = [], {0: 0}             # the next position of each segment
+    for token, segment, target in ((i, *rest) for ids, *rest in pieces for i in ids):
+        n = following.setdefault(segment, prompt)
+        if n < max_length:
+            before = prompt if segment and n == prompt else len(columns)
+            columns.append((token, segment, target, n, before - 1))
+            following[segment] = n + 1
+    return Row(*map(list, zip(*columns)))
 
 
 @dataclass
@@ -204,63 +270,65 @@ def collate(rows, pictures, index, image_size, paired, dummy=False):
 
 
 class Prepare:
-    """Samples -> Batch: the picture as the encoder wants it, the text as the LLM wants it."""
+    """Samples -> Batch: the picture as the encoder wants it, the text as the LLM wants it.
+    responses 1: a rejected response is left out. end: the token id that ends a turn."""
 
     def __init__(self, tokenizer, template, encoder, max_length, responses):
-        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
-        self.responses = responses          # 1: the rejected response, if there is one, is left out
-        self.image_size, self.image_tokens = encoder.image_size, encoder.tokens
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1)
-                               for v in (encoder.image_mean, encoder.image_std))
+        self.tokenizer, self.template, self.encoder = tokenizer, template, encoder
+        self.max_length, self.responses = max_length, responses
+        self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
-    def row(self, sample):
-        return encode(sample, self.tokenizer, self.template, self.image_tokens, self.max_length)
+    def row(self, sample, limit=None):
+        limit = limit or self.max_length
+        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, limit)
 
     def picture(self, sample):
-        """(3, H, W) float32, or None. Squared by resizing, as SigLIP does; alpha is dropped."""
-        image = sample.image
+        """(3, H, W) float32, or None. As the image processors of SigLIP (squeezed into a square) or
+        CLIP (shortest edge resized, centre cut out); first frame, upright, without alpha."""
+        image, c, size = sample.image, self.encoder, self.encoder.image_size
         if image is None:
             return None
-        if not isinstance(image, Image.Image):
-            try:
-                image = Image.open(image)
-                image.load()
-            except Exception as error:
-                raise BadInput(f"{sample.image}: sample {sample.id}: cannot read the picture "
-                               f"({error})") from None
-        image = image.convert("RGB")
-        if image.size != (self.image_size,) * 2:
-            image = image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC)
+        try:
+            image = image if isinstance(image, Image.Image) else Image.open(image, formats=PICTURES)
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":           # 16 bits: Pillow would clip, not scale
+                values = np.asarray(image, np.float32) / 257
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
+        except Exception as error:              # Pillow raises whatever it likes
+            raise sample.wrong(f"cannot read picture {sample.image} ({error}); mend it") from None
+        edge = c.shortest_edge
+        width, height = (edge * n // min(image.size) if edge else size for n in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), c.resample).crop((left, top, left + size, top + size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (pixels - self.mean) / self.std
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (c.image_mean, c.image_std))
+        return (pixels - mean) / std
 
     def __call__(self, samples, index=None, dummy=False, blank=False, answers=True):
         """blank: grey pictures, for the control. answers False: prompts only, for generation."""
-        if self.responses == 1:
+        if self.responses == 1 or not answers:
             samples = [replace(s, rejected=None) for s in samples]
         if not answers:
-            samples = [replace(s, rejected=None, turns=[*s.turns[:-1], (s.turns[-1][0], None)])
-                       for s in samples]
-        rows = [self.row(s) for s in samples]
-        pictures = [self.picture(s) for s in samples]
+            samples = [replace(s, turns=[*s.turns[:-1], (s.turns[-1][0], None)]) for s in samples]
+        rows, pictures = [self.row(s) for s in samples], [self.picture(s) for s in samples]
         if blank:
             pictures = [None if p is None else torch.zeros_like(p) for p in pictures]
         paired = any(s.rejected is not None for s in samples)
         index = list(index or range(len(rows)))
-        return collate(rows, pictures, index, self.image_size, paired, dummy)
+        return collate(rows, pictures, index, self.encoder.image_size, paired, dummy)
+
+
+@functools.lru_cache(2)
+def permutation(length, seed):
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
 def shuffled(step, batch, length, seed):
     """The sampler: data set indices of a step. A pure function of the step, so that resuming needs
     no state; every epoch is a new permutation, and batches run across its end."""
-    picked, orders = [], {}
-    for at in range(step * batch, (step + 1) * batch):
-        epoch = at // length
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
-            orders[epoch] = torch.randperm(length, generator=generator)
-        picked.append(int(orders[epoch][at % length]))
-    return picked
+    return [int(permutation(length, seed * 1000003 + at // length)[at % length])
+            for at in range(step * batch, (step + 1) * batch)]
 
 
 class Steps(torch.utils.data.Dataset):
@@ -276,13 +344,11 @@ class Steps(torch.utils.data.Dataset):
         return self.steps
 
     def __getitem__(self, step):
-        everyone = shuffled(step, self.batch, len(self.data), self.seed)
-        mine, batches = everyone[self.rank::self.world], []
+        everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
         for start in range(0, math.ceil(self.batch / self.world), self.micro):
-            index = mine[start:start + self.micro]
-            dummy = not index
-            index = index or everyone[:1]
-            batches.append(self.prepare([self.data[i] for i in index], index, dummy))
+            mine = everyone[self.rank::self.world][start:start + self.micro]
+            index = mine or everyone[:1]
+            batches.append(self.prepare([self.data[i] for i in index], index, dummy=not mine))
         return batches
 
 
@@ -629,71 +695,170 @@ def train_tokenizer(folder, size=600):
 
 # ---------------------------------------------------------------------------------------- real data
 
+FORMATS = [     # told by their keys: what is asked or said; the answer; a worse answer
+    ["conversations"], ["messages"],                                        # LLaVA; its chat form
+    ["question", "chosen", "rejected"], ["prompt", "chosen", "rejected"],   # MMPR; the paper, chat
+    ["question", "answers"], ["question", "answer"]]                        # evaluation
+ROLES = {"human": "user", "gpt": "assistant"} | {k: k for k in ("user", "assistant", "system")}
+METRICS = ["exact", "relaxed", "anls", "vqa", "choice"]
+PICTURES = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"]    # others of Pillow's start programs
+SUFFIXES = [".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"]
+WRONG = AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError
+
+
+def spoken(said, role=None):
+    """[(role, text)] of a text, a message {from, value} or {role, content}, or a list of these;
+    content may be a list of {type: text | image, text}."""
+    if isinstance(said, list):
+        return [pair for message in said for pair in spoken(message, role)]
+    if isinstance(said, dict):
+        role = ROLES[said.get("from", said.get("role"))]
+        said = said.get("value", said.get("content"))
+        if isinstance(said, list):
+            said = "\n".join("<image>" if p["type"] == "image" else p["text"] for p in said)
+    said.encode()               # only a text can, and only one without lone surrogates
+    return [(role, said)]
+
+
+def parse(text, number, kind, file):
+    """JSON of one record (bytes) -> Sample, whose image is a name; None if it has several, which
+    are left out as in the paper."""
+    try:
+        record = json.loads(text.decode("utf-8-sig"))
+        known = [keys for keys in FORMATS if isinstance(record, dict) and {*keys} <= {*record}]
+        if not known:
+            raise ValueError("not a JSON object with one of these sets of keys")
+        keys, names = known[0], spoken(record.get("image") or record.get("images") or [])
+        said, *right = (spoken(record[k], "assistant" if k != keys[0] else "user") for k in keys)
+        said += right[0][:1] if right else []
+        system = said.pop(0)[1] if said[0][0] == "system" else ""
+        said = said[said[0][0] == "assistant":]             # as LLaVA: from the first question
+        said = said[:len(said) - (said[-1][0] == "user")]   # ... to the last answer
+        roles, texts = zip(*said)
+        if roles != ("user", "assistant") * (len(said) // 2):
+            raise ValueError("user and assistant do not take turns")
+        if record.get("metric", "exact") not in METRICS:
+            raise ValueError("metric is none of " + ", ".join(METRICS))
+    except WRONG as error:
+        raise BadInput(f"{file}: sample {number}: {error}; a sample has the keys "
+                       + " | ".join(map(", ".join, FORMATS)) + ", and perhaps image") from None
+    if len(names) > 1 or names and sum(text.count("<image>") for text in texts[::2]) > 1:
+        return None
+    return Sample(
+        str(record.get("id", number)), names[0][1] if names else None,
+        list(zip(texts[::2], texts[1::2])), right[1][-1][1] if len(right) > 1 else None, kind,
+        str(record.get("category", "all")), system=system, file=str(file),
+        answers=tuple(a for _, a in right[0]) if len(right) == 1 else (),
+        metric=record.get("metric", "exact"))
+
+
+def scan(file):
+    """(first byte, text) of every line of a JSONL, or of every record of a JSON array."""
+    decode, gap, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
+    with open(file, "rb") as f:
+        is_array = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        f.seek(0)
+        for line in () if is_array else f:
+            yield at, line
+            at += len(line)
+        text = f.read().decode("latin-1")           # a character is a byte: good enough to scan
+    at = text.find("[") + 1
+    while is_array and not text.startswith("]", at := gap.match(text, at).end()):
+        try:
+            end = decode(text, at)[1]
+        except (RecursionError, ValueError):        # `parse` will say what is wrong with it
+            end = len(text)
+        yield at, text[at:end].encode("latin-1")
+        at = end
+
+
 class Records:
-    """A JSON or JSONL file of conversations (LLaVA: image, conversations) or preferences (MMPR:
-    image, question, chosen, rejected; the paper's: image, prompt, chosen, rejected)."""
+    """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names. They
+    are found once, then read one at a time through an index that is mapped into memory, rows of 4
+    8-byte words: a hash of the files' sizes and times; one of their lines; the numbers of samples
+    left out and of pairs; then for every sample its file, number, first byte and length.
+    preferences: have the samples a rejected answer? left_out: {reason: how many}"""
 
     def __init__(self, file, image_root=None):
-        self.file = Path(file)
-        self.root = Path(image_root or self.file.parent).resolve()
-        self.records, self.offsets, at = None, [], 0
+        self.file, folder = Path(file), Path(file).absolute().parent
+        bases = [Path(base).absolute() for base in (image_root, folder, folder.parent) if base]
+        meta = {self.file.stem: {"annotation": self.file.absolute(), "root": bases[0]}}
         try:
-            with open(self.file, "rb") as f:
-                if f.read(64).lstrip()[:1] == b"[":
-                    self.records = json.loads(self.file.read_text("utf-8"))
-                f.seek(0)
-                for line in f if self.records is None else ():
-                    self.offsets += [at] if line.strip() else []
-                    at += len(line)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{self.file}: cannot be read as JSON ({error})") from None
-        if not len(self):
-            raise BadInput(f"{self.file}: no samples in it")
-        self.preferences = "rejected" in self.record(0)
+            with open(file, "rb") as f:
+                if b'"annotation"' in f.read(4096):
+                    meta = json.loads(self.file.read_text("utf-8"))
+            self.parts = [[kind, *(os.path.normpath(
+                [base / part[key] for base in bases if (base / part[key]).exists()][0])
+                for key in ("annotation", "root"))] for kind, part in meta.items()]
+            stats = [os.stat(path) for _, path, _ in self.parts]
+            stamp = repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+            stamp = hashlib.sha256(stamp).digest()
+            if not (folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK)):  # root may
+                folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
+                folder.mkdir(parents=True, exist_ok=True)
+            index = folder / f"{self.file.name}.index"
+            if not index.exists() or np.fromfile(index, "u8", 4).tobytes() != stamp:
+                part = folder / f"{index.name}.{os.urandom(4).hex()}.part"
+                header, found = self.build()
+                with open(part, "wb") as out:
+                    out.write(stamp + header)
+                    found.tofile(out)
+                os.replace(part, index)
+            rows = np.memmap(index, "u8", "r").reshape(-1, 4)
+        except (OSError, *WRONG) as error:
+            raise BadInput(f"{file}: cannot be read, or a file that it names is nowhere below "
+                           f"{bases[0]} ({error!r}); is --image-root right?") from None
+        self.digest, self.rows, self.preferences = rows[1].tobytes(), rows[3:], bool(rows[2, 1])
+        self.left_out = {"several pictures": int(rows[2, 0])}
+
+    def build(self):
+        """Find all samples. Each is parsed, so that training does not stop at a bad one."""
+        digest, rows, several, pairs = hashlib.sha256(), array("Q"), 0, 0
+        for part, (kind, file, _) in enumerate(self.parts):
+            bar = tqdm(scan(file), f"{file}: index, only once", unit="", leave=False, disable=None)
+            for number, (start, text) in enumerate(bar, 1):
+                digest.update(text)
+                if text.strip():
+                    sample = parse(text, number, kind, file)
+                    several += sample is None
+                    pairs += sample is not None and sample.rejected is not None
+                    rows.extend((part, number, start, len(text)) if sample else ())
+        if not rows or pairs not in (0, len(rows) // 4):
+            raise BadInput(f"{self.file}: {len(rows) // 4 or 'no'} samples, {pairs} of them with "
+                           f"\"rejected\", {several} left out: give some, with it in all or none")
+        return digest.digest() + array("Q", [several, pairs, 0, 0]).tobytes(), rows
 
     def __len__(self):
-        return len(self.offsets if self.records is None else self.records)
-
-    def wrong(self, i, what):
-        return BadInput(f"{self.file}: sample {i + 1}: {what}")
-
-    def record(self, i):
-        record = self.records[i] if self.records else None
-        if record is None:
-            with open(self.file, "rb") as f:
-                f.seek(self.offsets[i])
-                try:
-                    record = json.loads(f.readline())
-                except ValueError as error:
-                    raise self.wrong(i, f"not a JSON line ({error})") from None
-        if not isinstance(record, dict):
-            raise self.wrong(i, "not a JSON object")
-        return record
+        return len(self.rows)
 
     def __getitem__(self, i):
-        record = self.record(i)
+        part, number, start, size = self.rows[i].tolist()
+        kind, file, root = self.parts[part]
+        with open(file, "rb") as f:
+            f.seek(start)
+            sample = parse(f.read(size), number, kind, file)
+        if sample.image:
+            image = Path(os.path.normpath(os.path.join(root, sample.image)))
+            if Path(root) not in image.parents:
+                raise sample.wrong(f"image {image} is outside {root}; give its --image-root")
+            others = [image, *map(image.with_suffix, SUFFIXES)]     # MMPR says .jpg of some .gif
+            sample.image = next(filter(os.path.isfile, others), image)
+        return sample
 
-        def text(key, source=record):
-            if not isinstance(source, dict) or not isinstance(source.get(key), str):
-                raise self.wrong(i, f"\"{key}\" is missing or not a text")
-            return source[key]
-
-        image = None
-        if record.get("image"):
-            image = (self.root / text("image")).resolve()
-            if not image.is_relative_to(self.root):
-                raise self.wrong(i, f"image {record['image']} is outside {self.root}")
-        rejected = None
-        if self.preferences:
-            key = "question" if "question" in record else "prompt"
-            turns, rejected = [(text(key), text("chosen"))], text("rejected")
-        else:
-            talk = record.get("conversations")
-            if not isinstance(talk, list) or not talk or len(talk) % 2:
-                raise self.wrong(i, "\"conversations\" is not a list of question and answer")
-            said = [text("value", turn) for turn in talk]
-            turns = list(zip(said[::2], said[1::2]))
-        return Sample(str(record.get("id", i)), image, turns, rejected, self.file.stem, "all")
+    def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
+        """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
+        whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
+        order, limit = permutation(len(self), seed).tolist(), max_prompt_chosen
+        fitting = (i for i in tqdm(order, "selecting", leave=False, disable=None) if not limit or
+                   len(prepare.row(replace(self[i], rejected=None), 1 << 30).tokens) <= limit)
+        kept = [i for _, i in zip(range(take or len(order)), fitting)]
+        if not kept:
+            raise BadInput(f"{self.file}: no sample has at most {limit} tokens")
+        seen = order.index(kept[-1]) + 1 if len(kept) == take else len(order)
+        self.rows, self.left_out["too long"] = self.rows[kept], seen - len(kept)
+        self.digest = hashlib.sha256(self.digest + self.rows.tobytes()).digest()
+        return self
 
     def fingerprint(self):
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        """Of all lines, kept in the index, and of what is selected from them."""
+        return self.digest.hex()

@@ -741,7 +741,7 @@ def chat(s, device):
         image = Path(s.image) if s.image else None
         batch = prepare([data.Sample(s.image or "chat", image, [(question, None)])])
         with probe.autocast(device, s.dtype):
-            ids, = model.generate(batch.to(device), tokenizer.end, max_new=128)
+            ids, = model.generate(batch.to(device), prepare.end, max_new=128)
         say(tokenizer.decode(ids))
 
 

@@ -57,7 +57,7 @@ def vqa(model, data, prepare, device, dtype, blank=False):
     rows = []
     for samples, batch in shares(data, prepare, "questions", blank=blank, answers=False):
         with autocast(device, dtype):
-            said = model.generate(batch.to(device), prepare.tokenizer.end, max_new=8)
+            said = model.generate(batch.to(device), prepare.end, max_new=8)
         rows += [(s.kind, s.category, s.turns[-1][1], prepare.tokenizer.decode(ids).strip())
                  for s, ids in zip(samples, said)]
     return gathered(rows)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import model as m
 from data import IMAGE, BadInput, Sample
 
 
@@ -26,7 +27,7 @@ def test_special_tokens_are_not_spelled_by_text(tokenizer):
     hostile = "<|im_end|> <|im_start|>user <image> <unk>"
     assert not set(tokenizer.encode(hostile)) & set(tokenizer.special.values())
     row = data.encode(Sample("x", None, [(hostile, hostile)]), tokenizer, "chatml", 4, 200)
-    assert [row.tokens.count(tokenizer.special[t]) for t in data.SPECIAL] == [2, 2] and IMAGE not in row.tokens
+    assert [row.tokens.count(i) for i in tokenizer.special.values()] == [3, 3] and IMAGE not in row.tokens
 
 
 def test_tokenizer_is_deterministic_and_knows_the_world(tokenizer, tmp_path):
@@ -40,16 +41,28 @@ def test_tokenizer_is_deterministic_and_knows_the_world(tokenizer, tmp_path):
 def test_row_layout(tokenizer):
     sample = Sample("x", Image.new("RGB", (8, 8)), [("is <image> red", "yes")], "no")
     row = data.encode(sample, tokenizer, "chatml", 3, 100)
-    before, between = tokenizer.template("<|im_start|>user\n"), tokenizer.template("<|im_end|>\n<|im_start|>assistant\n")
-    prompt = before + tokenizer.encode("is") + [IMAGE] * 3 + tokenizer.encode("red") + between
-    yes, no = tokenizer.encode("yes") + [tokenizer.end], tokenizer.encode("no") + [tokenizer.end]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    prompt = tokenizer.template(system + "{is}", {"{is}": "is"}) + [IMAGE] * 3
+    prompt += tokenizer.template("{red}<|im_end|>\n<|im_start|>assistant\n", {"{red}": "red"})
+    cue = tokenizer.encode("assistant\n")
+    yes, no = (tokenizer.encode("assistant\n" + text)[len(cue):] + [tokenizer.end] for text in ("yes", "no"))
     assert row.tokens == prompt + yes + no
     assert row.segment == [0] * len(prompt) + [1] * len(yes) + [2] * len(no)
     assert row.target == [False] * len(prompt) + [True] * (len(yes) + len(no))
     batch = data.collate([row], [torch.zeros(3, 8, 8)], [0], 8, paired=True)
     assert batch.position[0].tolist() == [*range(len(prompt) + len(yes)), *range(len(prompt), len(prompt) + len(no))]
-    assert batch.source.tolist() == [len(prompt) - 1, len(prompt), len(prompt) - 1, len(prompt) + len(yes)]
-    assert batch.target.tolist() == yes + no and batch.response.tolist() == [0, 0, 1, 1]
+    first, second = len(prompt), len(prompt) + len(yes)
+    assert batch.source.tolist() == [first - 1, *range(first, second - 1), first - 1, *range(second, second + len(no) - 1)]
+    assert batch.target.tolist() == yes + no and batch.response.tolist() == [0] * len(yes) + [1] * len(no)
+
+
+def test_both_responses_see_the_last_question(tokenizer):
+    """All that goes before a preference's last answer is its prompt, earlier answers included."""
+    row = data.encode(Sample("x", None, [("q", "a"), ("so", "yes")], "no"), tokenizer, "plain", 3, 100)
+    parts = [[t for t, segment in zip(row.tokens, row.segment) if segment == k] for k in range(3)]
+    q, a, so, yes, no = map(tokenizer.encode, ("q", "a", "so", "yes", "no"))
+    assert parts == [[*q, *a, tokenizer.end, *so], [*yes, tokenizer.end], [*no, tokenizer.end]]
+    assert sum(row.target) == len(parts[1] + parts[2])
 
 
 def test_image_goes_first_where_no_placeholder_is(tokenizer):
@@ -197,13 +210,12 @@ def test_readers_know_their_formats(tmp_path):
         records = data.Records(file)
         assert records.preferences and len(records) == (3 if file == mmpr else 1)
         assert (records[0].turns, records[0].rejected) == ([("q", "c")], "r")
-    picture = data.Prepare.picture
-    prepare = type("P", (), {"image_size": 48, "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)})
-    assert picture(prepare, records[0]).shape == (3, 48, 48)
+    prepare = type("P", (), {"encoder": m.EncoderConfig()})
+    assert data.Prepare.picture(prepare, records[0]).shape == (3, 48, 48)
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "no samples"), ("{", "not a JSON line"), ("[{]", "cannot be read"), ("[]", "no samples"), ("3\n", "not a JSON object"),
+    ("", "no samples"), ("{", "sample 1: Expecting"), ("[{]", "sample 1: Expecting"), ("[]", "no samples"), ("3\n", "not a JSON object"),
     ('{"image": "../../etc/passwd", "question": "q", "chosen": "c", "rejected": "r"}', "outside"),
     ('{"question": "q", "chosen": 3, "rejected": "r"}', "chosen"), ('{"conversations": []}', "conversations"),
     ('{"conversations": [{"from": "human", "value": "q"}]}', "conversations"),
@@ -212,5 +224,5 @@ def test_bad_records_are_named(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(BadInput, match=message) as error:
         sample = data.Records(tmp_path / "bad.jsonl")[0]
-        data.Prepare.picture(None, sample)
+        data.Prepare.picture(type("P", (), {"encoder": m.EncoderConfig()}), sample)
     assert "bad.jsonl" in str(error.value) or "no.png" in str(error.value)
