@@ -107,7 +107,8 @@ class Tokenizer:
             if self.file.suffix == ".model":
                 self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
                 size, self.bare = len(self.sp), config.get("legacy") is False
-                ids |= {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
+                ids |= {self.sp.id_to_piece(i): i for i in range(size)
+                        if self.sp.is_control(i) or self.sp.is_unknown(i)}
             else:
                 import tokenizers
                 spec |= {"added_tokens": [], "post_processor": None, "truncation": None}

@@ -99,7 +99,7 @@ def sampled_pairs(model, data, wanted, prepare, seed, device, precision):
         batch = prepare([data[i] for i in batches[k]], answers=False).to(device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + k)
         with precision:
-            said = [model.generate(batch, prepare.tokenizer.end, 96, 1., generator)
+            said = [model.generate(batch, prepare.end, 96, 1., generator)
                     for _ in range(2)]
         for i, *both in zip(batches[k], *said):
             both = sorted((data.mistakes(i, text), text)

@@ -726,8 +726,8 @@ def save_model(folder, state, encoder, projector, llm, tokenizer, dtype=torch.fl
         config = {"config.json": {"hidden_act": "gelu"}}
         save_folder(folder / "projector", part("projector."), config, [], dtype)
     if llm:
-        files = getattr(tokenizer, "files", None) or [tokenizer.file]
-        save_folder(folder / "llm", part("llm."), {"config.json": llm_json(llm)}, files, dtype)
+        save_folder(folder / "llm", part("llm."), {"config.json": llm_json(llm)}, tokenizer.files,
+                    dtype)
 
 
 def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<image>",

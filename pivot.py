@@ -116,6 +116,10 @@ class Settings:
     data: str = option(None, "JSON or JSONL of conversations or preferences (default: the world)")
     eval_data: str = option(None, "the same, held out (default: the world's held-out scenes)")
     image_root: str = option(None, "folder that image paths start from (default: the data file's)")
+    questions: str = option(None, "JSONL of questions, answers, category, metric: for evaluation")
+    take: int = option(None, "so many samples of --data, after a seeded shuffle")
+    max_prompt_chosen: int = option(None, "leave out samples of --data with more tokens than this in "
+                                    "prompt and chosen answer")
     samples: int = option(None, "distinct samples of the world")
     wording: str = option("free", "the world's descriptions: free wording or one", ["free", "terse"])
     errors: float = option(.2, "share of the world's chosen descriptions with an error of their own")
@@ -141,7 +145,8 @@ class Settings:
     reference: str = option("cached", "reference log-probabilities: computed once before the first "
                             "step, or live in every step", ["cached", "live"])
     max_length: int = option(2048, "tokens per response with its prompt and image")
-    template: str = option("plain", "chat template", list(TEMPLATES))
+    template: str = option(None, "chat template (default: plain for the world; else the LLM's own, "
+                           "and caption for align)", list(TEMPLATES))
     select_layer: int = option(-2, "layer that the projector sees, as in LLaVA; 0: run them all")
     dtype: str = option("auto", "compute in; auto: bfloat16 where the machine has it",
                         ["auto", "bfloat16", "float32"])
@@ -168,8 +173,8 @@ class Settings:
 SHARED = ("runs", "preset", "seed", "wording", "encoder_config", "image_size", "encoder_size", "llm_size", "max_length", "template",
           "select_layer", "dtype", "workers", "eval_scenes")
 # may change between a run and its continuation; settings that name files count by their content
-FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "image_root",
-        "micro_batch", "workers", "save_every", "eval_every", "image", "question", "model", "export", "checkpointing", "compile", "dry_run", "gpus", "utilisation")
+FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "questions",
+        "image_root", "micro_batch", "workers", "save_every", "eval_every", "image", "question", "model", "export", "checkpointing", "compile", "dry_run", "gpus", "utilisation")
 
 
 def resolve(s):
@@ -461,6 +466,17 @@ def inputs(s, device):
     return given
 
 
+def world_encoder(s):
+    width, depth, n = SIZES[s.encoder_size]
+    return EncoderConfig(width, 4 * width, depth, n)
+
+
+def default_template(s, parts):
+    if s.preset != "paper":
+        return "plain"
+    return "caption" if s.stage.endswith("align") else data.choose_template(parts["llm"])
+
+
 def training_data(s, row):
     """What a stage trains on: the user's file, or the world."""
     if s.data and not row.needs:
@@ -492,7 +508,10 @@ def dry_run(s, device):
                      Decoder(llm))
     freeze(model, row, s.projector_layers)
     dataset, paired = training_data(s, row), row.objective == "dpo"
-    prepare = data.Prepare(data.Tokenizer(at["llm"]), s.template, encoder, s.max_length, 1 + paired)
+    prepare = data.Prepare(data.Tokenizer(at["llm"]), s.template or default_template(s, at), encoder,
+                           s.max_length, 1 + paired)
+    if s.take or s.max_prompt_chosen:
+        dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
     some = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / 200))]
     rows = [(prepare.row(x if paired else replace(x, rejected=None)), x.image is not None) for x in some]
     trains = row.trains if not s.unfreeze else ALL
@@ -524,26 +543,34 @@ def run_stage(s, device):
     row, folder = PRESETS[s.preset][s.stage], Path(s.runs) / s.name / s.stage
     if s.stage == "pivot" and s.unfreeze:
         row = replace(row, trains=ALL)
-    settings = {k: v for k, v in asdict(s).items() if k not in FREE}
+    settings = {k: v for k, v in asdict(s).items() if k not in FREE and (k != "template" or v)}
     same_or_refuse(folder, settings)
     parts = inputs(s, device)
+    if s.projector_layers and s.stage == "pivot-align":
+        parts["projector"] = str(Path(parts["encoder"]).parent / "projector")
+    hashes = {part: hash_weights(at) for part, at in parts.items()}
 
     # ---- data
+    if "llm" not in parts and first():
+        data.train_tokenizer(folder / "tokenizer")
+    dist.barrier()
+    tokenizer = data.Tokenizer(parts.get("llm", folder / "tokenizer"))
+    encoder = (read_encoder_config(parts["encoder"], s.image_size, s.encoder_config)
+               if "encoder" in parts else world_encoder(s))
+    s = replace(s, template=s.template or default_template(s, parts))
+    prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
+                           responses=2 if row.objective == "dpo" else 1)
     dataset = training_data(s, row)
     held_out = (data.Records(s.eval_data, s.image_root) if s.eval_data else
                 None if s.data else data.World(row.content, s.split, 512))
     for d in (dataset, held_out):
         if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
             raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
-    if s.projector_layers and s.stage == "pivot-align":
-        parts["projector"] = str(Path(parts["encoder"]).parent / "projector")
-    hashes = {part: hash_weights(at) for part, at in parts.items()}
-    if "llm" not in parts and first():
-        data.train_tokenizer(folder / "tokenizer")
-    dist.barrier()
-    tokenizer = data.Tokenizer(parts.get("llm", folder / "tokenizer"))
+    if s.take or s.max_prompt_chosen:
+        dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
     settings["inputs"] = {"data": dataset.fingerprint(), "tokenizer": hash_file(tokenizer.file),
                           **hashes}
+    settings["template"] = s.template
     if same_or_refuse(folder, settings):
         say((folder / "report.md").read_text())
         export(s, folder)
@@ -554,14 +581,12 @@ def run_stage(s, device):
     dist.barrier()
 
     # ---- model
-    width, depth, n = SIZES[s.llm_size]
-    llm = LLMConfig(len(tokenizer), width, 3 * width, depth - 1, 2 * n, n)
     if s.stage == "encoder":
-        width, depth, n = SIZES[s.encoder_size]
         text = Decoder(LLMConfig(len(tokenizer), num_hidden_layers=2))
-        model = initialise(SigLIP(Encoder(EncoderConfig(width, 4 * width, depth, n),
-                                          select_layer=0), text), s.seed)
+        model = initialise(SigLIP(Encoder(encoder, select_layer=0), text), s.seed)
     elif s.stage == "llm":
+        width, depth, n = SIZES[s.llm_size]
+        llm = LLMConfig(len(tokenizer), width, 3 * width, depth - 1, 2 * n, n)
         model = initialise(MLLM(None, None, Decoder(llm)), s.seed)
     else:
         model = load_model(parts["encoder"], parts.get("projector"), parts["llm"], s.select_layer,
@@ -572,9 +597,6 @@ def run_stage(s, device):
     freeze(model.to(device), row, s.projector_layers)
 
     # ---- train
-    encoder = model.encoder.config if model.encoder else EncoderConfig()
-    prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
-                           responses=2 if row.objective == "dpo" else 1)
 
     if isinstance(dataset, data.World) and row.content == "preferences" and s.pairs != "drawn":
         dataset.sampled = on_policy(s, model, dataset, prepare, settings, device)
@@ -609,7 +631,7 @@ def run_stage(s, device):
             n for n, p in model.named_parameters()
             if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)])
         has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
-        save_model(folder, after, has["encoder"] and encoder, has["projector"],
+        save_model(folder, after, has["encoder"] and model.encoder.config, has["projector"],
                    has["llm"] and model.llm.config, tokenizer, getattr(torch, s.export_dtype))
         export(s, folder)
         probe.curve(folder / "log.jsonl", folder / "curve.png")
@@ -658,11 +680,14 @@ def on_policy(s, model, dataset, prepare, settings, device):
 def measure(s, folder, parts, pairs, prepare, device):
     """Tables of the model that the stage left, beside the one that it started from: questions and
     pairs about the world's held-out scenes, or a user's held-out pairs."""
-    questions = None
+    questions = s.questions and data.Records(s.questions, s.image_root)
     if not s.data:
         pairs = data.World("preferences", s.split, 4 * s.eval_scenes)
-        questions = data.World("questions", s.split, len(data.World.asked) * s.eval_scenes)
-    elif not pairs or not pairs.preferences:
+        questions = questions or data.World("questions", s.split,
+                                            len(data.World.asked) * s.eval_scenes)
+    elif pairs and not pairs.preferences:
+        pairs = None
+    if not pairs and not questions:
         return []
     setup = {k: getattr(s, k) for k in ("split", "template", "max_length", "select_layer", "dtype",
                                         "eval_scenes")}

@@ -53,13 +53,15 @@ def preference(model, data, prepare, device, dtype, blank=False):
 
 @torch.no_grad()
 def vqa(model, data, prepare, device, dtype, blank=False):
-    """[(kind, category, answer, what the model says)] of questions, generated greedily."""
+    """[(kind, category, answer, score of what the model says)] of questions, generated greedily."""
     rows = []
     for samples, batch in shares(data, prepare, "questions", blank=blank, answers=False):
         with autocast(device, dtype):
-            said = model.generate(batch.to(device), prepare.end, max_new=8)
-        rows += [(s.kind, s.category, s.turns[-1][1], prepare.tokenizer.decode(ids).strip())
-                 for s, ids in zip(samples, said)]
+            said = model.generate(batch.to(device), prepare.end, max_new=32)
+        for s, ids in zip(samples, said):
+            answers = s.answers or (s.turns[-1][1],)
+            rows.append((s.kind, s.category, answers[0],
+                         score(s.metric, prepare.tokenizer.decode(ids), answers)))
     return gathered(rows)
 
 
@@ -128,8 +130,8 @@ def evaluate(model, pairs, questions, prepare, device, dtype):
 
     Returns {"pairs": [[kind, chosen text, logp chosen - logp rejected, the same with a grey
                         picture]],
-             "questions": {kind: [n, right, right with a grey picture, most common answer's n,
-                                  category]}}."""
+             "questions": {category kind: [n, right, right with a grey picture, most common
+                                           answer's n, category, kind]}}."""
     model.to(device).eval()
     prepare = copy.copy(prepare)
     prepare.responses = 2
@@ -142,11 +144,11 @@ def evaluate(model, pairs, questions, prepare, device, dtype):
     if questions is not None:
         seen, grey = (vqa(model, questions, *where, blank=b) for b in (False, True))
         out["questions"] = {}
-        for kind in dict.fromkeys(row[0] for row in seen):
-            both = [(a, b) for a, b in zip(seen, grey) if a[0] == kind]
-            out["questions"][kind] = [
-                len(both), sum(a[2] == a[3] for a, _ in both), sum(b[2] == b[3] for _, b in both),
-                Counter(a[2] for a, _ in both).most_common(1)[0][1], both[0][0][1]]
+        for kind, category in dict.fromkeys(row[:2] for row in seen):
+            both = [(a, b) for a, b in zip(seen, grey) if a[:2] == (kind, category)]
+            out["questions"][f"{category} {kind}"] = [
+                len(both), sum(a[3] for a, _ in both), sum(b[3] for _, b in both),
+                Counter(a[2] for a, _ in both).most_common(1)[0][1], category, kind]
     return out
 
 
@@ -232,15 +234,15 @@ def tables(results, beta):
     sides, after, out = list(results), results["after"], []
     if "questions" in after:
         rows, total = [], defaultdict(lambda: [0] * (len(sides) + 3))
-        for kind, (n, _, grey, majority, category) in after["questions"].items():
-            row = [n, majority, grey, *(results[s]["questions"][kind][1] for s in sides)]
+        for name, (n, _, grey, majority, category, kind) in after["questions"].items():
+            row = [n, majority, grey, *(results[s]["questions"][name][1] for s in sides)]
             rows.append([category, kind, *row])
             for key in (category, "all", *(["visual"] if category not in ("knowledge", "fact") else [])):
                 total[key] = [a + b for a, b in zip(total[key], row)]
         rows.sort(key=lambda row: row[0])
         rows += [[key, "", *total[key]] for key in (*sorted(set(total) - {"visual", "all"}),
                                                     "visual", "all")]
-        out.append("Held-out questions: share answered right (greedy, exact match). constant: always "
+        out.append("Held-out questions: share answered right (greedy decoding). constant: always "
                    "the most common answer;\ngrey: the model shown a grey picture; visual: all but "
                    "knowledge.\n\n" + markdown(
                        ["category", "question", "n", "constant", "grey", *sides],

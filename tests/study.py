@@ -135,7 +135,7 @@ def answers(folder):
               "text only": lambda kind, category: kind == "fact"}
     out = {}
     for name, wanted in groups.items():
-        rows = [row for kind, row in found["questions"].items() if wanted(kind, row[4])]
+        rows = [row for row in found["questions"].values() if wanted(row[5], row[4])]
         out[name] = sum(row[1] for row in rows) / sum(row[0] for row in rows)
         out["blank: " + name] = sum(row[2] for row in rows) / sum(row[0] for row in rows)
     out["pairs"] = sum(pair[2] > 0 for pair in found["pairs"]) / len(found["pairs"])
