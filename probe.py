@@ -614,7 +614,7 @@ def panels(rows, headings, notes, file):
                      "white")
     draw, y = ImageDraw.Draw(page), line + gap // 2
     for i, heading in enumerate(headings):
-        draw.text((gap + i * (side + gap), 3), heading, fill="black", font=font)
+        draw.text((gap + i * (side + gap), 3), heading[-side // 8:], fill="black", font=font)
     for pictures, note in zip(rows, notes):
         for i, picture in enumerate(pictures):
             page.paste(picture, (gap + i * (side + gap), y))
