@@ -1,10 +1,12 @@
 """The probes of encoders against scikit-learn, brute force, definitions in numpy and finite differences."""
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -129,13 +131,22 @@ def test_differing():
             assert probe.differing_detail(scene.caption(), scene.caption((thing, wrong))) == detail
 
 
-def test_gradient_maps_are_finite_differences(net, prepare):
-    """Each token's norm, against central differences of the objectives themselves in its features."""
+def test_gradient_maps_are_finite_differences(net, prepare, monkeypatch):
+    """Each token's norm, against central differences of the objectives themselves in its features. In float64,
+    also where the model computes in float32."""
+    monkeypatch.setattr(m, "token_logps", lambda h, head, y: -F.cross_entropy(h @ head.mT, y, reduction="none"))
+    monkeypatch.setattr(m.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps))
     samples = [s for s in (data.World("preferences", "probe", 9)[i] for i in range(9)) if s.region.any()][:3]
-    maps, rows = probe.gradient_maps(net, samples, prepare, batch=2)
+    zeros, make = torch.zeros, prepare
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **kw: zeros(*shape, **{"dtype": torch.float64, **kw}))
+
+    def prepare(samples):
+        return replace(make(samples), pixels=make(samples).pixels.double())
+
+    maps, rows = probe.gradient_maps(net.double(), samples, prepare, batch=2)
     sample, batch = samples[2], prepare([samples[2]])
     features, ref = net.encoder(batch.pixels).detach(), net(batch).detach()
-    step = .01
+    step = 1e-4
     for token in (0, 17):
         slope = np.zeros((2, 32))
         for d in range(32):
@@ -146,7 +157,7 @@ def test_gradient_maps_are_finite_differences(net, prepare):
                 logps = net(batch).detach().double()
                 slope[:, d] += [f.item() / sign / 2 for f in (sft_loss(logps), dpo_loss(logps, ref, .1))]
         del net.encoder.forward
-        assert np.allclose(np.linalg.norm(slope, axis=1), maps[2, :2, token], rtol=.02)
+        assert np.allclose(np.linalg.norm(slope, axis=1), maps[2, :2, token], rtol=1e-5)
     cover = np.array([[sample.region[8 * r:8 * r + 8, 8 * c:8 * c + 8].mean() for c in range(6)]
                       for r in range(6)]).ravel()
     strength = maps[2, 1].numpy()
