@@ -456,7 +456,7 @@ def gradient_maps(model, samples, prepare, device="cpu", beta=.1, batch=32):
         losses = (sft_loss(logps), dpo_loss(logps, logps.detach(), beta), sft_loss(logps[:, 2:]),
                   -logps[:, REJECTED])
         maps.append(torch.stack([torch.autograd.grad(loss.sum(), kept[-1], retain_graph=True)[0]
-                                 .norm(dim=-1) for loss in losses], 1).cpu())
+                                 .norm(dim=-1) for loss in losses], 1).float().cpu())
         kept.clear()
     hook.remove()
     maps, size = torch.cat(maps), model.encoder.config.image_size
