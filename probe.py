@@ -1,7 +1,7 @@
 """What was learned: frozen encoders under probes, models under questions; tables and pictures.
 
     python probe.py ENCODER ENCODER ...                 side by side, on the embedded world
-    python probe.py ENCODER ... --data FOLDER           on a folder per class, or images/ and annotations/
+    python probe.py ENCODER ... --data FOLDER           on class folders, or images/, annotations/
 
 Everything here measures a model as it was saved, on samples that no stage trains on.
 """
@@ -30,8 +30,8 @@ from tqdm import tqdm
 from data import (CELL, CHOSEN, COLORS, DETAILS, GROUNDS, REJECTED, SIDE, TILTS, BadInput,
                   Prepare, Sample, Scene, Tokenizer)
 from dpo import dpo_loss
-from model import (MLLM, Encoder, EncoderConfig, Projector, initialise, load_encoder, load_llm, load_model,
-                   read_weights, write_json)
+from model import (MLLM, Encoder, EncoderConfig, Projector, initialise, load_encoder, load_llm,
+                   load_model, read_weights, write_json)
 from sft import sft_loss
 
 BATCH = 128
@@ -337,7 +337,7 @@ def segmentation_probe(x, labels, cut, seed=0, device="cpu", heads=6, epochs=4, 
     per class, threshold 1/2.
 
     x: (pictures, patches, d) features, labels: (pictures, patches, classes) bool; fit on the first
-    `cut` pictures, tested on the rest. The heads (other weights, other order) are one matrix product.
+    `cut` pictures, tested on the rest. Heads (other weights, other order) train side by side.
     Returns {"recall", "f1": [per head]}, and what head 0 finds on the rest, as the labels."""
     mean, std = (t.to(device) for t in moments(x[:cut].flatten(0, 1)))
     generator, (d, k) = torch.Generator().manual_seed(seed), (x.shape[2], labels.shape[2])
@@ -434,7 +434,7 @@ def gradient_maps(model, samples, prepare, device="cpu", beta=.1, batch=32):
     to it as far as it is covered): {"sample": its number, "answer": one word | object | scene,
     "kind", "detail", "area": the region's share, "touched": share of patches with some of it, and
     for each of MAPS [lift = share of the gradient's mass inside / area, is the strongest token
-    one that the region touches?]}. The loss of one picture's sample does not depend on another's."""
+    one that the region touches?]}. A sample's loss depends on no other sample's picture."""
     kept, maps, rows = [], [], []
 
     def leaf(module, inputs, output):       # gradients end here
@@ -469,7 +469,8 @@ def gradient_maps(model, samples, prepare, device="cpu", beta=.1, batch=32):
         hits = cover[strength.argmax(1)] > 0
         described = sample.kind in ("object", "scene")
         rows.append({"sample": i, "answer": sample.kind if described else "one word",
-                     "kind": sample.kind, "area": area, "touched": (cover > 0).float().mean().item(),
+                     "kind": sample.kind, "area": area,
+                     "touched": (cover > 0).float().mean().item(),
                      "detail": differing_detail(sample.turns[-1][1], sample.rejected)
                      if described else sample.kind,
                      **{m: [a / area, bool(h)] for m, a, h in zip(MAPS, inside.tolist(), hits)}})
@@ -658,7 +659,7 @@ def segmentation_picture(samples, found, colors, file, side=160):
 
 def gradient_picture(samples, maps, file, side=200):
     """As the paper's figure 7: image with the region's outline, SFT's and DPO's map (each scaled
-    to its own maximum), question and both answers. samples, maps: those to draw, of gradient_maps."""
+    to its own maximum), question and both answers. samples, maps: gradient_maps', those to draw."""
     rows, notes = [], []
     for sample, strengths in zip(samples, maps.numpy()):
         rows.append([opened(sample, side)])
@@ -673,8 +674,7 @@ def gradient_picture(samples, maps, file, side=200):
             rows[-1].append(Image.blend(rows[-1][0].convert("L").convert("RGB"), heat, .65))
         for picture in rows[-1]:
             picture.paste("white", mask=edge)
-        (question, chosen), = sample.turns[-1:]
-        notes.append([(question, "white"), (chosen, (0, 140, 50)), (sample.rejected, (200, 30, 30))])
+        notes.append(list(zip((*sample.turns[-1], sample.rejected), ("white", "green", "red"))))
     panels(rows, ["image", "SFT", "DPO"], notes, file)
 
 
@@ -693,17 +693,13 @@ def cells(x):
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
-def object_map(scene, masks, detail, size):
-    """(size, size): 0 where nothing is, else 1 + which of the detail's values the object has."""
-    ids = np.zeros((SIDE, SIDE), np.uint8)
-    for thing, mask in zip(scene.things, masks):
-        ids[mask] = 1 + list(DETAILS[detail]).index(getattr(thing, detail))
-    return np.array(Image.fromarray(ids).resize((size, size), Image.NEAREST))
-
-
 def object_maps(scene, size):
-    masks = [scene.mask([thing]) for thing in scene.things]
-    return [object_map(scene, masks, detail, size) for detail in DETAILS]
+    """For every detail (size, size): 0 where no object is, else 1 + which value the object has."""
+    maps = np.zeros((len(DETAILS), SIDE, SIDE), np.uint8)
+    for thing in scene.things:
+        maps[:, scene.mask([thing])] = [[1 + list(values).index(getattr(thing, name))]
+                                        for name, values in DETAILS.items()]
+    return [np.array(Image.fromarray(ids).resize((size, size), Image.NEAREST)) for ids in maps]
 
 
 def annotation(file, size=None):
@@ -779,8 +775,8 @@ def world_scenes(seed, sizes):
 
 
 def linear_rows(tokens, where, values, cuts, device):
-    """The world's linear probes: {"mean" and "cell": {attribute: linear_probe's}}, of an object from
-    the mean of its cell's 3 x 3 patches, or from all nine side by side."""
+    """The world's linear probes: {"mean" and "cell": {attribute: linear_probe's}}, of an object
+    from the mean of its cell's 3 x 3 patches, or from all nine side by side."""
     x, ends = cells(tokens)[where[:, 0], where[:, 1]], [int((where[:, 0] < c).sum()) for c in cuts]
     counts = [len(v) for v in DRAWN.values()]
     rows = {pool: dict(zip(DRAWN, linear_probe(f(x), values, counts, ends, device))) for pool, f in
@@ -831,6 +827,7 @@ def probes(encoders, folder=None, llm=None, select_layer=-2, seed=0, scenes=(100
                 if words is not None:
                     row["alignment"] = {view: mutual_knn(x[cuts[1]:].mean(1), words, KS)
                                         for view, x in views.items()}
+                    row["alignment"]["chance"] = {k: k / (len(words) - 1) for k in KS}
             if masked:
                 size = c.image_size, c.image_size // c.patch_size
                 if size not in labels:
@@ -842,12 +839,11 @@ def probes(encoders, folder=None, llm=None, select_layer=-2, seed=0, scenes=(100
                     colors, row["segmentation"]["classes"]))
     for detail in (["class"] if folder else DETAILS) if found and out else ():
         at = [i for i, name in enumerate(colors) if name.startswith(detail)]
-        shown = [i for i, t in enumerate(seen[cuts[1]:, :, at]) if t.any()][:6]
-        segmentation_picture(
-            [samples[cuts[1] + i] for i in shown], {name: f[shown][:, :, at] for name, f in (
-                ("truth", seen[cuts[1]:]), *found.items())}, {list(colors)[i]: colors[list(colors)[i]]
-                                                              for i in at},
-            Path(out) / f"segmentation-{detail}.png")
+        some = [i for i, there in enumerate(seen[cuts[1]:, :, at]) if there.any()][:6]
+        shown = {name: f[some][:, :, at] for name, f in [("truth", seen[cuts[1]:]), *found.items()]}
+        segmentation_picture([samples[cuts[1] + i] for i in some], shown,
+                             {name: colors[name] for name in colors if name.startswith(detail)},
+                             Path(out) / f"segmentation-{detail}.png")
     return results
 
 
@@ -887,7 +883,7 @@ def probe_tables(results):
               ["recall", "F1", *groups], rows)
     if "alignment" in first:
         rows = [[f"{n}, {view}", *scores.values()] for n, row in results.items()
-                for view, scores in row["alignment"].items()]
+                for view, scores in row["alignment"].items() if view != "chance" or n == "random"]
         table("Alignment with the text LLM: mutual k nearest neighbours.",
               [f"k = {k}" for k in rows and first["alignment"][VIEWS[0]]], rows)
     return out

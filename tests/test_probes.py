@@ -70,6 +70,14 @@ def test_patch_labels_against_a_loop():
                 assert labels[6 * r + c, k - 1] == (ids[8 * r:8 * r + 8, 8 * c:8 * c + 8] == k).any()
 
 
+def test_object_maps_hold_every_detail():
+    scene = data.Scene("probe", 3)
+    for (name, values), ids in zip(data.DETAILS.items(), probe.object_maps(scene, 48)):
+        for thing in scene.things:
+            assert (ids[scene.mask([thing])] == 1 + list(values).index(getattr(thing, name))).all()
+        assert not ids[~scene.mask(scene.things)].any()
+
+
 def test_recall_and_f1_by_definition():
     rng = np.random.default_rng(0)
     truth, found = rng.random((2, 200, 5)) < .3
@@ -175,7 +183,7 @@ def test_the_world_side_by_side(saved, tmp_path, capsys):
     row = found[0]["net"]
     assert set(row["linear"]) == {f"{v}, {p}" for v in probe.VIEWS for p in ("mean", "cell")}
     assert set(row["linear"]["encoder, cell"]) == set(probe.DRAWN) and len(row["segmentation"]["recall"]) == 6
-    assert set(row["alignment"]) == set(probe.VIEWS)
+    assert set(row["alignment"]) == {*probe.VIEWS, "chance"}
     assert len(probe.probe_tables(found[0])) == 6
 
 
