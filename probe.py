@@ -237,7 +237,7 @@ def moments(x):
 
 # ------------------------------------------------------------------------------ linear probe
 
-L2 = 1., .1, .01, .001                      # strengths to choose from
+L2 = .1, .01, .001, .0001                   # strengths to choose from
 
 
 def logistic(chunks, n, classes, l2, tolerance=1e-3):
