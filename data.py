@@ -277,7 +277,8 @@ class Prepare:
     def __init__(self, tokenizer, template, encoder, max_length, responses):
         self.tokenizer, self.template, self.encoder = tokenizer, template, encoder
         self.max_length, self.responses = max_length, responses
-        self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
+        if tokenizer:                           # None: for pictures alone
+            self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
     def row(self, sample, limit=None):
         limit = limit or self.max_length

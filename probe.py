@@ -1,19 +1,37 @@
-"""What was learned: preference accuracy and visual question answering; tables and pictures.
+"""What was learned: frozen encoders under probes, models under questions; tables and pictures.
+
+    python probe.py ENCODER ENCODER ...                 side by side, on the embedded world
+    python probe.py ENCODER ... --data FOLDER           on class folders, or images/, annotations/
 
 Everything here measures a model as it was saved, on samples that no stage trains on.
 """
+import argparse
 import copy
+import difflib
 import json
+import random
 import re
+import sys
+import tempfile
+import textwrap
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BadInput
+from data import (CELL, CHOSEN, COLORS, DETAILS, GROUNDS, REJECTED, SIDE, TILTS, BadInput,
+                  Prepare, Sample, Scene, Tokenizer)
+from dpo import dpo_loss
+from model import (MLLM, Encoder, EncoderConfig, Projector, fill, initialise, load_encoder, load_llm,
+                   open_tensors, write_json)
+from sft import sft_loss
 
 BATCH = 128
 
@@ -150,6 +168,303 @@ def evaluate(model, pairs, questions, prepare, device, dtype):
                 len(both), sum(a[3] for a, _ in both), sum(b[3] for _, b in both),
                 Counter(a[2] for a, _ in both).most_common(1)[0][1], category, kind]
     return out
+
+
+# --------------------------------------------------------------------------- frozen features
+
+CHUNK = 8192                                # rows of features in use at the same time
+VIEWS = "encoder", "encoder + projector"
+
+
+def load_parts(encoder, projector=None, select_layer=-2):
+    """Folders -> the frozen modules [encoder] or [encoder, projector]."""
+    parts = [load_encoder(encoder, select_layer)]
+    if projector:
+        tensors = open_tensors(projector)
+        if "0.weight" not in tensors:
+            raise BadInput(f"{projector}: no projector; it has a tensor 0.weight")
+        file, name = tensors["0.weight"]
+        wide, narrow = file.get_slice(name).get_shape()
+        parts.append(fill(lambda: Projector(narrow, wide), projector, tensors))
+    return [part.requires_grad_(False).eval() for part in parts]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """The pictures of samples or files, as an encoder wants them."""
+
+    def __init__(self, samples, encoder):
+        self.samples, self.prepare = samples, Prepare(None, "plain", encoder, 0, 1)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        picture = self.samples[i]           # a Sample, or a file
+        return self.prepare.picture(picture if isinstance(picture, Sample) else
+                                    Sample(str(i), Path(picture), []))
+
+
+@torch.no_grad()
+def features(parts, samples, pool, device="cpu", folder=None, workers=0):
+    """What frozen modules make of pictures: [(samples, ...) float32 after each of the parts].
+
+    parts: load_parts'. pool: (batch, tokens, width) -> what is kept of it. folder: stream into
+    memory maps there, so that a million pictures need no more memory than a batch."""
+    start, out = 0, []
+    loader = DataLoader(Pictures(samples, parts[0].config), BATCH, num_workers=workers)
+    for x in tqdm(loader, "features", leave=False):
+        x = x.to(device)
+        for i, part in enumerate(parts):
+            x = part(x)
+            kept = pool(x).float().cpu()
+            shape = len(samples), *kept.shape[1:]
+            if start == 0:
+                out.append(torch.empty(shape) if folder is None else torch.from_numpy(
+                    np.lib.format.open_memmap(Path(folder) / f"{i}.npy", "w+", np.float32, shape)))
+            out[i][start:start + len(kept)] = kept
+        start += len(kept)
+    return out
+
+
+def moments(x):
+    """Mean and standard deviation of every column of (n, d): (d,) each; 1 where all is constant."""
+    sums = sum(torch.stack((c.double().sum(0), c.double().square().sum(0))) for c in x.split(CHUNK))
+    mean, square = sums / len(x)
+    std = (square - mean ** 2).clamp(min=0).sqrt()
+    return mean.type_as(x), torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.).type_as(x)
+
+
+# ------------------------------------------------------------------------------ linear probe
+
+L2 = .1, .01, .001, .0001                   # strengths to choose from
+
+
+def logistic(chunks, n, classes, l2, tolerance=1e-3):
+    """Multinomial logistic regressions, for every strength in l2 and all columns of labels:
+
+        min_{w, b}  mean_i -log softmax(w x_i + b)[label_i] + l2 / 2 |w|^2
+
+    (scikit-learn's with C = 1 / (l2 n)), by L-BFGS until no derivative exceeds the tolerance. The
+    Hessian is about H = X'X / 4n + l2. With H = L L', L-BFGS looks for v = L' w instead of w: there
+    the problem is nearly round, and tens of steps suffice, not thousands.
+
+    chunks(): all n rows, some at a time: x (m, d), labels (m, columns) of numbers below
+    classes[column]. Yields w: (d, sum(classes)), b: (1, sum(classes)) for each strength."""
+    gram = sum(x.mT @ x for x, _ in chunks()) / (4 * n)
+    w, b = gram.new_zeros(len(gram), sum(classes)), gram.new_zeros(1, sum(classes))
+    for strength in l2:                     # each starts where the one before ended
+        lower = torch.linalg.cholesky(gram + strength * torch.eye(len(gram)).to(gram))
+        v, b = (lower.mT @ w).contiguous().requires_grad_(), b.detach().requires_grad_()
+        solver = torch.optim.LBFGS([v, b], max_iter=1000, history_size=20, tolerance_change=0,
+                                   tolerance_grad=tolerance, line_search_fn="strong_wolfe")
+
+        def closure():
+            solver.zero_grad()
+            w = torch.linalg.solve_triangular(lower.mT, v, upper=True)
+            ends = [t.detach().requires_grad_() for t in (w, b)]
+            total = strength * ends[0].square().sum() / 2
+            total.backward()
+            for x, labels in chunks():
+                parts = (x @ ends[0] + ends[1]).split(classes, 1)
+                loss = sum(F.cross_entropy(p, y, reduction="sum") for p, y in zip(parts, labels.T))
+                (loss / n).backward()
+                total = total + loss.detach() / n
+            torch.autograd.backward([w, b], [t.grad for t in ends])
+            return total
+
+        solver.step(closure)
+        w = torch.linalg.solve_triangular(lower.mT, v.detach(), upper=True)
+        yield w, b.detach()
+
+
+def linear_probe(x, labels, classes, cuts, device="cpu"):
+    """Fit on x[:cuts[0]], choose the L2 strength of each column on x[cuts[0]:cuts[1]], test on the
+    rest. x: (n, d) features, labels: (n, columns), classes: each column's number of classes.
+    Returns for each column {"right", "n", "l2", "constant": the most common answer's share}."""
+    mean, std = (t.to(device) for t in moments(x[:cuts[0]]))
+
+    def chunks(start, end):
+        for at in range(start, end, CHUNK):
+            rows = slice(at, min(at + CHUNK, end))
+            yield (x[rows].to(device) - mean) / std, labels[rows].to(device)
+
+    few = cuts[0] <= CHUNK and list(chunks(0, cuts[0]))             # standardised only once
+    hits = []
+    for w, b in logistic(lambda: few or chunks(0, cuts[0]), cuts[0], classes, L2):
+        hits.append(torch.cat([torch.stack([p.argmax(1) for p in (z @ w + b).split(classes, 1)], 1)
+                               == y for z, y in chunks(cuts[0], len(x))]).cpu())
+    hits = torch.stack(hits, 1)             # (rows, strengths, columns)
+    split = cuts[1] - cuts[0]
+    best = hits[:split].sum(0).max(0).indices.tolist()
+    return [{"right": int(hits[split:, s, i].sum()), "n": len(hits) - split, "l2": L2[s],
+             "constant": labels[cuts[1]:, i].bincount().max().item() / (len(hits) - split)}
+            for i, s in enumerate(best)]
+
+
+def wilson(right, n):
+    """95% interval of a share (Wilson 1927): (low, high)."""
+    z, p = 1.96, right / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** .5
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+# ------------------------------------------------------------------------ segmentation probe
+
+def patches(image, grid):
+    """(H, W) numbers -> (grid * grid, pixels): each patch's. What is left over has no patch."""
+    p = len(image) // grid
+    image = torch.from_numpy(np.ascontiguousarray(image[:grid * p, :grid * p]))
+    return image.view(grid, p, grid, p).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def patch_labels(ids, grid, classes):
+    """(H, W) class numbers, 0 = none -> (grid * grid, classes) bool: what each patch contains."""
+    seen = torch.zeros(grid ** 2, classes + 1, dtype=torch.bool)
+    return seen.scatter_(1, patches(ids, grid).long(), True)[:, 1:]
+
+
+def recall_and_f1(right, found, there):
+    """Macro patch recall and F1, per head, from counts (heads, classes): right = found and there.
+    Classes that are nowhere do not count."""
+    some = there[0] > 0
+    return ((right / there)[:, some].mean(1).tolist(),
+            (2 * right / (found + there))[:, some].mean(1).tolist())
+
+
+def segmentation_probe(x, labels, cut, seed=0, device="cpu", heads=6, epochs=4, batch=16, lr=4e-3):
+    """Covert et al. (2025): a two-layer MLP per patch, as wide as the features, a sigmoid
+    per class, threshold 1/2.
+
+    x: (pictures, patches, d) features, labels: (pictures, patches, classes) bool; fit on the first
+    `cut` pictures, tested on the rest. Heads (other weights, other order) train side by side.
+    Returns {"recall", "f1": [per head]}, and what head 0 finds on the rest, as the labels."""
+    mean, std = (t.to(device) for t in moments(x[:cut].flatten(0, 1)))
+    generator, (d, k) = torch.Generator().manual_seed(seed), (x.shape[2], labels.shape[2])
+    shapes = (d, d), (1, d), (d, k), (1, k)
+    weights = [(torch.randn(heads, *s, generator=generator) * (s[0] > 1) / s[0] ** .5).to(device)
+               .requires_grad_() for s in shapes]
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=.01)
+    steps = epochs * cut // batch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def logits(pictures):                   # (heads or 1, n, d) -> (heads, n, k)
+        a, b, c, e = weights
+        return F.gelu((pictures.to(device) - mean) / std @ a + b) @ c + e
+
+    orders = torch.stack([torch.cat([torch.randperm(cut, generator=generator)
+                                     for _ in range(epochs)]) for _ in range(heads)])
+    for step in tqdm(range(steps), "heads", leave=False):
+        at = orders[:, step * batch:(step + 1) * batch]
+        truth = labels[at].flatten(1, 2).float().to(device)
+        loss = F.binary_cross_entropy_with_logits(logits(x[at].flatten(1, 2)), truth)
+        optimizer.zero_grad()
+        (heads * loss).backward()
+        optimizer.step()
+        schedule.step()
+    counts, first = 0, []
+    with torch.no_grad():
+        for a, truth in zip(x[cut:].split(batch), labels[cut:].split(batch)):
+            found, truth = logits(a.flatten(0, 1)) > 0, truth.flatten(0, 1).to(device)
+            counts = counts + torch.stack([t.sum(1).double() for t in (
+                found & truth, found, truth.expand_as(found))])
+            first.append(found[0].unflatten(0, (len(a), -1)).cpu())
+    recall, f1 = recall_and_f1(*counts)
+    return {"recall": recall, "f1": f1,
+            "classes": (counts[0] / counts[2]).mean(0).tolist()}, torch.cat(first)
+
+
+# --------------------------------------------------------------------------------- alignment
+
+@torch.no_grad()
+def text_features(llm, captions, device="cpu"):
+    """(captions, width): the mean of a text LLM's last hidden states over each caption's tokens."""
+    model, tokenizer, out = MLLM(None, None, load_llm(llm)).to(device), Tokenizer(llm), []
+    prepare = Prepare(tokenizer, "plain", EncoderConfig(), 2048, 1)
+    for start in tqdm(range(0, len(captions), BATCH), "captions", leave=False):
+        texts = captions[start:start + BATCH]
+        batch = prepare([Sample(t, None, [(t, None)]) for t in texts]).to(device)
+        words = batch.sample >= 0
+        mask = words[:, None] & torch.ones_like(words[0]).expand(len(words[0]), -1).tril()
+        hidden = model.llm(model.embed(batch), mask[:, None], batch.position)
+        out.append((hidden * words[..., None]).sum(1) / words.sum(1, keepdim=True))
+    return torch.cat(out).cpu()
+
+
+def mutual_knn(a, b, ks):
+    """Huh et al. (2024): {k: mean over samples of |knn_a(i) & knn_b(i)| / k}, nearest by cosine.
+    a, b: (n, width) of the same n samples, in order. By chance it is k / (n - 1)."""
+    out, near = {}, []
+    for x in (a, b):
+        x = F.normalize(x.double(), dim=1)
+        near.append((x @ x.mT).fill_diagonal_(-2).topk(max(ks)).indices)
+    for k in ks:
+        one, two = (torch.zeros(len(a), len(a)).scatter_(1, n[:, :k], 1) for n in near)
+        out[k] = (one * two).sum().item() / (k * len(a))
+    return out
+
+
+# ----------------------------------------------------------------------------- gradient maps
+
+MAPS = "sft", "dpo", "sft, differing tokens", "rejected"
+
+
+def differing(chosen, rejected):
+    """The places in one list of tokens at which it departs from the other; where it only lacks
+    some, the place that follows them."""
+    places = set()
+    for what, a, b, *_ in difflib.SequenceMatcher(None, chosen, rejected, False).get_opcodes():
+        places |= set(range(a, max(b, a + 1))) if what != "equal" else set()
+    return sorted(places & set(range(len(chosen))))
+
+
+def gradient_maps(model, samples, prepare, device="cpu", beta=.1, batch=32):
+    """How strongly each visual token is told to change: |d loss / d A_t|, A = ViT(I), of each
+    sample's own loss, at the start of post-training (DPO's reference is the model itself).
+
+    Returns maps, (samples, MAPS, tokens), and a row for each sample with a region (a patch belongs
+    to it as far as it is covered): {"sample": its number, "answer": one word | object | scene,
+    "kind", "detail", "area": the region's share, "touched": share of patches with some of it, and
+    for each of MAPS [lift = share of the gradient's mass inside / area, is the strongest token
+    one that the region touches?]}. A sample's loss depends on no other sample's picture."""
+    kept, maps, rows = [], [], []
+
+    def leaf(module, inputs, output):       # gradients end here
+        kept.append(output.detach().requires_grad_())
+        return kept[-1]
+
+    hook = model.encoder.register_forward_hook(leaf)
+    for start in tqdm(range(0, len(samples), batch), "gradients", leave=False):
+        at = prepare(samples[start:start + batch])
+        owner, extra = at.response, []      # a third "response": the chosen one's differing tokens
+        for i in range(len(at)):
+            (c, chosen), (r, rejected) = ((where, at.target[where].tolist()) for where in (
+                (owner == 2 * i + side).nonzero().flatten() for side in (CHOSEN, REJECTED)))
+            extra += c[differing(chosen, rejected)].tolist()
+        at = replace(at, target=torch.cat((at.target, at.target[extra])), responses=3,
+                     source=torch.cat((at.source, at.source[extra])), response=torch.cat(
+                         (owner // 2 * 3 + owner % 2, owner[extra] // 2 * 3 + 2)))
+        logps = model(at.to(device))
+        losses = (sft_loss(logps), dpo_loss(logps, logps.detach(), beta), sft_loss(logps[:, 2:]),
+                  -logps[:, REJECTED])
+        maps.append(torch.stack([torch.autograd.grad(loss.sum(), kept[-1], retain_graph=True)[0]
+                                 .norm(dim=-1) for loss in losses], 1).float().cpu())
+        kept.clear()
+    hook.remove()
+    maps, size = torch.cat(maps), model.encoder.config.image_size
+    for i, (sample, strength) in enumerate(zip(samples, maps)):
+        if sample.region is None or not sample.region.any():
+            continue
+        mask = Image.fromarray(sample.region).convert("L").resize((size, size), Image.NEAREST)
+        cover = patches(np.array(mask) > 0, round(maps.shape[2] ** .5)).float().mean(1)
+        area, inside = cover.mean().item(), strength @ cover / strength.sum(1)
+        hits = cover[strength.argmax(1)] > 0
+        described = sample.kind in ("object", "scene")
+        rows.append({"sample": i, "answer": sample.kind if described else "one word",
+                     "kind": sample.kind, "area": area,
+                     "touched": (cover > 0).float().mean().item(),
+                     "detail": sample.detail,
+                     **{m: [a / area, bool(h)] for m, a, h in zip(MAPS, inside.tolist(), hits)}})
+    return maps, rows
 
 
 # ------------------------------------------------------------------------------------------ cost
@@ -290,3 +605,325 @@ def curve(log, file):
     draw.line([at(i, v) for i, v in enumerate(smooth)], fill=(40, 80, 220), width=2)
     draw.text((width // 2 - 60, height - 18), f"loss over {len(loss)} steps", fill="black")
     picture.save(file)
+
+
+def panels(rows, headings, notes, file):
+    """A page of pictures: rows of equally large ones, a heading over each column, and lines under
+    each row: notes[row] = [(text, color of the square before it)]."""
+    font, side, gap, line = ImageFont.load_default(13), rows[0][0].width, 12, 17
+    width = len(headings) * (side + gap) + gap
+    notes = [[(part, color if first else None) for text, color in note for first, part in
+              zip([True] + [False] * 99, textwrap.wrap(text, (width - 3 * gap) // 7))]
+             for note in notes]
+    page = Image.new("RGB", (width, line + gap + sum(side + gap + line * len(n) for n in notes)),
+                     "white")
+    draw, y = ImageDraw.Draw(page), line + gap // 2
+    for i, heading in enumerate(headings):
+        draw.text((gap + i * (side + gap), 3), heading[-side // 8:], fill="black", font=font)
+    for pictures, note in zip(rows, notes):
+        for i, picture in enumerate(pictures):
+            page.paste(picture, (gap + i * (side + gap), y))
+        y += side + 2
+        for text, color in note:
+            if color:
+                draw.rectangle([gap, y + 3, gap + 9, y + 12], fill=color, outline="black")
+            draw.text((gap + 14, y), text, fill="black", font=font)
+            y += line
+        y += gap - 2
+    page.save(file)
+
+
+def opened(sample, side):
+    """The picture of a sample (or of a file), squared, pixels visible."""
+    image = sample.image if isinstance(sample, Sample) else Image.open(sample)
+    return image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+
+
+def segmentation_picture(samples, found, colors, file, side=160):
+    """As the paper's figure 9. found: {heading: (samples, patches, classes) bool}, the truth among
+    them; colors: {class: its RGB}. A patch with several classes is striped."""
+    rows = []
+    for i, sample in enumerate(samples):
+        rows.append([opened(sample, side)])
+        for seen in found.values():
+            grid = round(seen.shape[1] ** .5)
+            rows[-1].append(Image.blend(rows[-1][0].convert("L").convert("RGB"),
+                                        Image.new("RGB", (side, side), "white"), .5))
+            draw = ImageDraw.Draw(rows[-1][-1])
+            for place, classes in enumerate(seen[i]):
+                painted = [c for c, there in zip(colors.values(), classes) if there]
+                x, y, wide = place % grid * side / grid, place // grid * side / grid, side / grid
+                for j, color in enumerate(painted):
+                    draw.rectangle([x + j * wide / len(painted), y,
+                                    x + (j + 1) * wide / len(painted) - 1, y + wide - 1], color)
+    some = torch.stack([seen.flatten(0, 1).any(0) for seen in found.values()]).any(0)
+    legend = [(name, color) for (name, color), there in zip(colors.items(), some) if there]
+    panels(rows, ["image", *found], [[]] * (len(rows) - 1) + [legend], file)
+
+
+def gradient_picture(samples, maps, file, side=200):
+    """As the paper's figure 7: image with the region's outline, SFT's and DPO's map (each scaled
+    to its own maximum), question and both answers. samples, maps: gradient_maps', those to draw."""
+    rows, notes = [], []
+    for sample, strengths in zip(samples, maps.numpy()):
+        rows.append([opened(sample, side)])
+        mask = Image.fromarray(sample.region).convert("L").resize((side, side), Image.NEAREST)
+        edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(5)))
+        for strength in strengths[:2]:
+            grid = round(len(strength) ** .5)
+            heat = (strength / strength.max()).reshape(grid, grid)
+            heat = np.stack([np.interp(heat, [0, .25, .5, .75, 1], c) for c in (
+                (20, 60, 180, 250, 255), (10, 20, 40, 140, 250), (60, 130, 110, 30, 120))], -1)
+            heat = Image.fromarray(heat.astype(np.uint8)).resize((side, side), Image.NEAREST)
+            rows[-1].append(Image.blend(rows[-1][0].convert("L").convert("RGB"), heat, .65))
+        for picture in rows[-1]:
+            picture.paste("white", mask=edge)
+        notes.append(list(zip((*sample.turns[-1], sample.rejected), ("white", "green", "red"))))
+    panels(rows, ["image", "SFT", "DPO"], notes, file)
+
+
+# ----------------------------------------------------------------- encoders, side by side
+
+DRAWN = {**DETAILS, "tilt": TILTS, "ground": range(GROUNDS)}    # what scenes differ in
+CELLS = SIDE // CELL                                            # in a row
+KS = 5, 10, 20, 50                                              # neighbours
+
+
+def cells(x):
+    """(scenes, tokens, width) -> (scenes, cells, 9, width): each cell as 3 x 3 patches."""
+    grid = round(x.shape[1] ** .5)
+    x = F.adaptive_avg_pool2d(x.mT.unflatten(2, (grid, grid)), 3 * CELLS)
+    x = x.unflatten(3, (CELLS, 3)).unflatten(2, (CELLS, 3))     # scenes, width, y, 3, x, 3
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+
+
+def object_maps(scene, size):
+    """For every detail (size, size): 0 where no object is, else 1 + which value the object has."""
+    maps = np.zeros((len(DETAILS), SIDE, SIDE), np.uint8)
+    for thing in scene.things:
+        maps[:, scene.mask([thing])] = [[1 + list(values).index(getattr(thing, name))]
+                                        for name, values in DETAILS.items()]
+    return [np.array(Image.fromarray(ids).resize((size, size), Image.NEAREST)) for ids in maps]
+
+
+def annotation(file, size=None):
+    """A picture of class numbers, 0 = none or other; squared to size."""
+    try:
+        image = Image.open(file)
+        if len(image.getbands()) > 1:
+            raise ValueError(f"mode {image.mode}, not one number per pixel")
+        return np.array(image.resize((size, size), Image.NEAREST) if size else image)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: cannot be read as an annotation ({error})") from None
+
+
+def read_folder(folder, seed):
+    """A user's pictures, shuffled: (files, (where validation and test start), each file's class
+    number or annotation file, the classes' names). FOLDER/train/CLASS/*, val/CLASS/*; or
+    FOLDER/images/training/*, annotations/training/*.png, and validation beside training. What has
+    no test pictures gives a fifth of the others; where L2 is chosen, a tenth goes to that."""
+    root, label = Path(folder), {}
+    masked = (root / "annotations").is_dir()
+    top = root / "images" if masked else root
+    parts = [top / p for p in (("training", "validation") if masked else ("train", "val"))]
+    parts = parts if parts[0].is_dir() else [top]
+    files = [sorted(str(p) for p in part.rglob("*") if p.suffix.lower() in (
+        ".jpg", ".jpeg", ".png", ".webp")) for part in parts]
+    for each in files:
+        random.Random(seed).shuffle(each)
+    learn, test = files if len(files) == 2 and files[1] else (
+        files[0][len(files[0]) // 5:], files[0][:len(files[0]) // 5])
+    if not masked:
+        label = {name: i for i, name in enumerate(sorted({Path(p).parent.name for p in learn}))}
+    if not test or len(label) < 2 and not masked:
+        raise BadInput(f"{folder}: needs at least two folders with pictures, one per class (in "
+                       f"train/ and val/), or images/ and annotations/")
+
+    def truth(file):
+        at = root / "annotations" / Path(file).relative_to(top).with_suffix(".png")
+        if masked and at.exists():
+            return at
+        if not masked and Path(file).parent.name in label:
+            return label[Path(file).parent.name]
+        raise BadInput(f"{file}: " + (f"its annotation {at} is not there" if masked else
+                                      f"class {Path(file).parent.name} has nothing to learn from"))
+
+    start = len(learn) - (0 if masked else max(1, len(learn) // 10))
+    found = learn + test
+    return found, (start, len(learn)), [truth(file) for file in found], list(label)
+
+
+def patch_truth(truth, size, grid):
+    """Segmentation's labels of scenes or annotation files: ({class: its color}, (pictures, patches,
+    classes) bool). In the world, every value of every detail that is talked about is a class."""
+    if isinstance(truth[0], Path):
+        count = max(int(annotation(file).max()) for file in tqdm(truth, "classes", leave=False))
+        names, maps = {"class": range(1, count + 1)}, lambda file: [annotation(file, size)]
+    else:
+        names, maps = DETAILS, lambda scene: object_maps(scene, size)
+    seen = torch.stack([torch.cat([patch_labels(ids, grid, len(values)) for ids, values in
+                                   zip(maps(one), names.values())], 1)
+                        for one in tqdm(truth, "labels", leave=False)])
+    names = [f"{name} {value}" for name, values in names.items() for value in values]
+    wheel = [ImageColor.getrgb(f"hsv({i * 137 % 360}, 80%, 90%)") for i in range(len(names))]
+    return {n: COLORS.get(n.removeprefix("color "), c) for n, c in zip(names, wheel)}, seen
+
+
+def world_scenes(seed, sizes):
+    """Probe scenes, and of each of their objects: (scene, place), (objects, DRAWN) values."""
+    made = [Scene("probe", seed * sum(sizes) + i) for i in range(sum(sizes))]
+    where = [(i, t.place) for i, scene in enumerate(made) for t in scene.things]
+    values = [[list(DRAWN[name]).index(getattr(t, name, scene.ground)) for name in DRAWN]
+              for scene in made for t in scene.things]
+    return made, torch.tensor(where), torch.tensor(values)
+
+
+def linear_rows(tokens, where, values, cuts, device):
+    """The world's linear probes: {"mean" and "cell": {attribute: linear_probe's}}, of an object
+    from the mean of its cell's 3 x 3 patches, or from all nine side by side."""
+    x, ends = cells(tokens)[where[:, 0], where[:, 1]], [int((where[:, 0] < c).sum()) for c in cuts]
+    counts = [len(v) for v in DRAWN.values()]
+    rows = {pool: dict(zip(DRAWN, linear_probe(f(x), values, counts, ends, device))) for pool, f in
+            (("mean", lambda x: x.mean(1)), ("cell", lambda x: x.flatten(1)))}
+    for row in rows.values():               # objects of a scene share their ground: count scenes
+        scenes, ground = len(tokens) - cuts[1], row["ground"]
+        ground |= {"right": ground["right"] * scenes / ground["n"], "n": scenes}
+    return rows
+
+
+def probes(encoders, folder=None, llm=None, select_layer=-2, seed=0, scenes=(1000, 300, 1000),
+           device="cpu", workers=0, out=None):
+    """Every probe on every encoder, on the same pictures, and on a random encoder like the first.
+
+    encoders: {name: encoder folder, or (encoder, projector) folders}. folder: see read_folder;
+    None: the world; of `scenes` so many to learn from, to choose L2 on, and to test on. llm: a text
+    LLM to align with (world). out: folder for the segmentation's picture, and, while it works, for
+    the features of `folder`.
+    Returns {name: {"linear": {view: {attribute: linear_probe's}}, "segmentation": {"recall", "f1":
+    [per head], "classes": {class: recall}}, "alignment": {view: {k: score}}}}."""
+    results, labels, found, config = {}, {}, {}, None
+    if folder:
+        files, cuts, truth, names = read_folder(folder, seed)
+        samples, linear, masked = files, bool(names), not names
+    else:
+        truth, where, values = world_scenes(seed, scenes)
+        samples = [Sample(f"probe {i}", scene.image(), []) for i, scene in enumerate(truth)]
+        cuts, linear, masked = (scenes[0], scenes[0] + scenes[1]), False, True
+        words = text_features(llm, [s.caption() for s in truth[cuts[1]:]], device) if llm else None
+    for name, at in {**encoders, "random": None}.items():
+        if at:
+            parts = load_parts(*([at] if isinstance(at, (str, Path)) else at),
+                               select_layer=select_layer)
+            config = config or parts[0].config
+        else:
+            parts = [initialise(Encoder(config, select_layer), seed)]
+        row, c = results.setdefault(name, {}), parts[0].config
+        with tempfile.TemporaryDirectory(dir=out) as memory:
+            views = dict(zip(VIEWS, features(
+                [p.to(device) for p in parts], samples, (lambda x: x.mean(1)) if linear else
+                (lambda x: x), device, memory if folder else None, workers)))
+            if linear:
+                row["linear"] = {view: {"class": linear_probe(x, torch.tensor(truth)[:, None], [
+                    len(names)], cuts, device)[0]} for view, x in views.items()}
+            elif not folder:
+                row["linear"] = {f"{view}, {pool}": rows for view, x in views.items() for pool, rows
+                                 in linear_rows(x, where, values, cuts, device).items()}
+                if words is not None:
+                    row["alignment"] = {view: mutual_knn(x[cuts[1]:].mean(1), words, KS)
+                                        for view, x in views.items()}
+                    row["alignment"]["chance"] = {k: k / (len(words) - 1) for k in KS}
+            if masked:
+                size = c.image_size, c.image_size // c.patch_size
+                if size not in labels:
+                    labels[size] = patch_truth(truth, *size)
+                colors, seen = labels[size]
+                row["segmentation"], found[name] = segmentation_probe(
+                    views[VIEWS[0]], seen, cuts[1], seed, device)
+                row["segmentation"]["classes"] = dict(zip(
+                    colors, row["segmentation"]["classes"]))
+    for detail in (["class"] if folder else DETAILS) if found and out else ():
+        at = [i for i, name in enumerate(colors) if name.startswith(detail)]
+        some = [i for i, there in enumerate(seen[cuts[1]:, :, at]) if there.any()][:6]
+        shown = {name: f[some][:, :, at] for name, f in [("truth", seen[cuts[1]:]), *found.items()]}
+        segmentation_picture([samples[cuts[1] + i] for i in some], shown,
+                             {name: colors[name] for name in colors if name.startswith(detail)},
+                             Path(out) / f"segmentation-{detail}.png")
+    return results
+
+
+def probe_tables(results):
+    """The results of probes as markdown tables, a row for each encoder, with 95% intervals: of a
+    share (Wilson), or over segmentation's heads."""
+    out = []
+
+    def table(what, header, rows):
+        out.append(f"{what}\n\n" + markdown(["encoder", *header], rows))
+
+    def right(cells):
+        hits, n = (sum(c[key] for c in cells) for key in ("right", "n"))
+        return "{:.3f} ({:.3f}-{:.3f})".format(hits / n, *wilson(hits, n))
+
+    def spread(values):                     # Student's t for 5 degrees of freedom: six heads
+        half = 2.571 * np.std(values, ddof=1) / len(values) ** .5
+        return f"{np.mean(values):.3f} ({np.mean(values) - half:.3f}-{np.mean(values) + half:.3f})"
+
+    for view in dict.fromkeys(v for row in results.values() for v in row.get("linear", ())):
+        rows = {n: row["linear"][view] for n, row in results.items() if view in row["linear"]}
+        any_row = next(iter(rows.values()))
+        columns = {name: [name] for name in any_row}
+        if "tilt" in columns:
+            columns = {"asked": list(DETAILS), "never": ["tilt", "ground"], **columns}
+        rows = [[n, *(right([row[c] for c in cs]) for cs in columns.values())]
+                for n, row in rows.items()] + [["constant", *(
+                    share(any_row[c]["constant"] for c in cs) for cs in columns.values())]]
+        table(f"Linear probe, {view}: top-1 on test.", columns, rows)
+    first = next(iter(results.values()))
+    if "segmentation" in first:
+        groups = {"class": 0} if "tilt" not in str(first) else DETAILS
+        rows = [[n, *(spread(row["segmentation"][k]) for k in ("recall", "f1")), *(share(
+            v for c, v in row["segmentation"]["classes"].items() if c.startswith(g) and v == v)
+            for g in groups)] for n, row in results.items()]
+        table("Segmentation probe: what each patch contains, macro over classes; recall by kind.",
+              ["recall", "F1", *groups], rows)
+    if "alignment" in first:
+        rows = [[f"{n}, {view}", *scores.values()] for n, row in results.items()
+                for view, scores in row["alignment"].items() if view != "chance" or n == "random"]
+        table("Alignment with the text LLM: mutual k nearest neighbours.",
+              [f"k = {k}" for k in rows and first["alignment"][VIEWS[0]]], rows)
+    return out
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("encoders", nargs="+", metavar="ENCODER", help="an encoder's folder, or a "
+                        "stage's with encoder/ in it; a projector/ beside it is probed as well")
+    parser.add_argument("--data", help="your pictures: a folder per class in train/ and val/, or "
+                        "images/ and annotations/ (default: the world's probe scenes)")
+    parser.add_argument("--select-layer", type=int, default=-2, help="layer that is probed, as in "
+                        "LLaVA; 0: the last, normed (default: -2)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--llm", help="text LLM folder for the alignment probe (default: none)")
+    parser.add_argument("--out", help="folder for results.json and pictures (default: none)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    asked, encoders = parser.parse_args(argv), {}
+    for name in asked.encoders:
+        folder = Path(name) / "encoder" if (Path(name) / "encoder").is_dir() else Path(name)
+        beside = folder.parent / "projector"
+        encoders[name] = (folder, beside if beside.is_dir() else None)
+    try:
+        if asked.out:
+            Path(asked.out).mkdir(parents=True, exist_ok=True)
+        results = probes(encoders, asked.data, asked.llm, asked.select_layer, asked.seed,
+                         device="cuda" if torch.cuda.is_available() else "cpu",
+                         workers=asked.workers, out=asked.out)
+        if asked.out:
+            write_json(Path(asked.out) / "results.json", results)
+        print("\n\n".join(probe_tables(results)))
+    except BadInput as error:
+        print(f"probe: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,8 @@ def test_moved_table():
 
 
 def test_tables_add_up():
-    questions = {"color": [10, 5, 1, 3, "general"], "corners": [10, 8, 2, 4, "knowledge"], "count": [20, 6, 6, 6, "vision"]}
+    questions = {"a": [10, 5, 1, 3, "general", "color"], "b": [10, 8, 2, 4, "knowledge", "corners"],
+                 "c": [20, 6, 6, 6, "vision", "count"]}
     pairs = [["color", "red", 2., 1.], ["color", "red", -1., -1.], ["size", "large", 3., 1.], ["size", "small", 1., -1.]]
     old = [[kind, text, margin, grey] for (kind, text, *_), margin, grey in
            zip(pairs, (1., 1., -1., 0.), (9., 9., 9., 9.))]
