@@ -64,15 +64,22 @@ def visible(sample_q, segment_q, column_q, sample_k, segment_k, column_k):
     return (sample_q == sample_k) & (column_q >= column_k) & ((segment_k == 0) | (segment_q == segment_k))
 
 
-def attend(q, k, v, mask=None):
-    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: bool (B, 1, T, S) -> (B, heads, T, d).
+def additive(mask):
+    """A bool mask as what is added to the scores: 0, or a number that is finite in bf16 and fp32."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
 
-    On a CPU it is written out: there the fused kernel's backward takes twice as long at our sizes."""
-    if q.device.type != "cpu":
+
+def attend(q, k, v, mask=None):
+    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: see `additive`, (B, 1, T, S)
+    -> (B, heads, T, d).
+
+    In bf16 on a CPU it is written out: there the fused kernel takes two to five times as long."""
+    mask = mask if mask is None else mask.type_as(q)
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = q @ k.mT * q.shape[-1] ** -.5
+    scores = (q * q.shape[-1] ** -.5) @ k.mT        # scaled here: q is smaller than the scores
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
     return scores.softmax(-1) @ v
 
 
@@ -254,7 +261,7 @@ class Decoder(nn.Module):
     def forward(self, x, mask, position, past=None):
         """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T) -> (B, T, width), normed.
         past: a list with one list per layer, see Attention."""
-        c = self.config
+        c, mask = self.config, additive(mask)
         half = c.hidden_size // c.num_attention_heads // 2
         angle = position[..., None].float() * c.rope_theta ** (-torch.arange(half, device=x.device) / half)
         cos, sin = (f(torch.cat((angle, angle), -1))[:, None] for f in (torch.cos, torch.sin))
