@@ -11,7 +11,8 @@
     naive   our model, the usual way: chosen and rejected are rows of their own with a picture each,
             a live reference in every step, logits of the whole vocabulary at every position
     trl     DPOTrainer.training_step on LlavaForConditionalGeneration (SigLIP, Qwen2) with our
-            weights, pictures and token ids
+            weights, pictures and token ids; the ratios take its faster attention. (Its cached
+            reference refuses images, its padding_free is switched off.)
 
 A step is forward, backward, clipping and AdamW (fused), the same for all. Making the batch is not
 in it; TRL's is made by its own collator. One process; every round times each once, in turn; ratios
@@ -19,6 +20,7 @@ are taken within a round.
 """
 import argparse
 import copy
+import functools
 import os
 import sys
 import tempfile
@@ -41,8 +43,7 @@ import probe  # noqa: E402
 from dpo import dpo_loss, dpo_objective, frozen  # noqa: E402
 from sft import sft_objective  # noqa: E402
 
-BETA, EPOCHS = .1, 3
-PAD, PLACE = 0, 1       # token ids that no text uses; PLACE stands for the image in TRL's batch
+BETA, EPOCHS, PAD, PLACE = .1, 3, 0, 1      # no text uses tokens 0, 1; PLACE: TRL's image token
 SHAPES = {              # encoder, LLM, pairs a step
     "cpu": (m.EncoderConfig(384, 1536, 12, 6, 384, 16), m.LLMConfig(28000, 512, 2816, 16, 8, 4), 2),
     "world": (m.EncoderConfig(), m.LLMConfig(600), 32),
@@ -100,21 +101,19 @@ def naive_logps(model, batch):
     return (logps * (batch.segment[:, 1:] == 1)).sum(1)
 
 
-def llava(net):
+def llava(net, attention):
     """transformers' LLaVA around our weights, and a processor whose words are our token ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                               PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig)
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-    encoder, llm = ({k: v for k, v in vars(c).items() if not k.startswith(("image_mean", "image_std"))}
-                    for c in (net.encoder.config, net.llm.config))
+    encoder, llm = vars(net.encoder.config), vars(net.llm.config)
     text = Qwen2Config(**llm, rope_parameters={"rope_type": "default", "rope_theta": llm["rope_theta"]},
                        pad_token_id=PAD, bos_token_id=None, eos_token_id=PAD)
-    config = LlavaConfig(
+    theirs = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=SiglipVisionConfig(**encoder, vision_use_head=False), text_config=text,
         image_token_index=PLACE, vision_feature_select_strategy="full", vision_feature_layer=-2,
-        tie_word_embeddings=text.tie_word_embeddings, attn_implementation="sdpa")
-    theirs = LlavaForConditionalGeneration(config)
+        tie_word_embeddings=text.tie_word_embeddings, attn_implementation=attention))
     names = {"encoder.": "model.vision_tower.", "llm.model.": "model.language_model.",
              "projector.0": "model.multi_modal_projector.linear_1",
              "projector.2": "model.multi_modal_projector.linear_2", "llm.lm_head": "lm_head"}
@@ -131,13 +130,13 @@ def llava(net):
     return theirs, LlavaProcessor(images, tokenizer, encoder["patch_size"], "full")
 
 
-def make_trl(net, pairs, args, device):
+def make_trl(net, pairs, args, device, attention="sdpa"):
     """DPOTrainer, its model as it prepares it for training, and a batch from its collator."""
     import datasets
     from trl import DPOConfig, DPOTrainer
     settings = dict(gradient_checkpointing=False, bf16=args.dtype == "bfloat16", max_length=None,
                     precompute_ref_log_probs=False, padding_free=False, use_cpu=device.type == "cpu")
-    (model, processor), (reference, _) = llava(net), llava(net)
+    (model, processor), (reference, _) = (llava(net, attention) for _ in range(2))
     samples = [{"images": [pair[0]], "prompt": " ".join(["<image>", *map(str, pair[1])]),
                 "chosen": " ".join(map(str, pair[2])), "rejected": " ".join(map(str, pair[3]))}
                for pair in pairs]
@@ -146,7 +145,7 @@ def make_trl(net, pairs, args, device):
                              train_dataset=datasets.Dataset.from_list(samples[:1]),
                              processing_class=processor)
     trainer.current_gradient_accumulation_steps = 1                 # as train() would set it
-    args.trl = {"attn_implementation": model.config._attn_implementation, **settings}
+    args.trl = settings
     batch = trainer._prepare_inputs(trainer.data_collator(samples))
     expected = make_batch(pairs, net.encoder.config, (2,), (3,)).tokens     # the very same token ids
     real = batch["attention_mask"].bool().cpu()
@@ -174,9 +173,8 @@ def updating(model, loss_of, lr):
 
 def contestants(net, pairs, args, device):
     """{name: (step, how many copies of the weights it holds: policy, two moments, reference)}"""
-    steps, batches = {}, [make_batch(pairs, net.encoder.config, *kinds).to(device)
-                          for kinds in ([(2,)], [(2, 3)], [(2,), (3,)])]
-    chosen, paired, apart = batches
+    steps, kinds = {}, ([(2,)], [(2, 3)], [(2,), (3,)])
+    chosen, paired, apart = (make_batch(pairs, net.encoder.config, *k).to(device) for k in kinds)
 
     def add(name, loss_of, copies):
         def backward():
@@ -208,9 +206,10 @@ def contestants(net, pairs, args, device):
     if "naive" in args.only:
         old = frozen(net)
         add("naive", naive, 4)
-    if "trl" in args.only:
-        trainer, model, batch = make_trl(net, pairs, args, device)
-        steps["trl"] = updating(model, lambda: trainer.training_step(model, dict(batch)), args.lr), 4
+    for attention in args.attention if "trl" in args.only else ():
+        trainer, model, batch = make_trl(net, pairs, args, device, attention)
+        loss_of = functools.partial(trainer.training_step, model, batch)
+        steps["trl " + attention] = updating(model, loss_of, args.lr), 4
     return steps
 
 
@@ -239,11 +238,11 @@ def peak_memory(run, device):
     return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
 
 
-def matmul_peak(device, dtype):
+def matmul_peak(device, dtype, clock):
     """FLOP/s of large square matrix products, the best of 30: what the machine can do."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
-    return 2 * n ** 3 / min(seconds(lambda: a @ b, device) for _ in range(30))
+    return 2 * n ** 3 / min(seconds(lambda: a @ b, device, clock) for _ in range(30))
 
 
 def useful_flops(net, pairs, responses):
@@ -262,7 +261,7 @@ def measure(net, pairs, args, device):
     for k in tqdm(range(args.steps), "round", leave=False):
         for name in (list(steps) * 2)[k % len(steps):][:len(steps)]:                # by turns
             times.setdefault(name, []).append(seconds(steps[name][0], device, clock))
-    size, top = 4e-9 * sum(p.numel() for p in net.parameters()), matmul_peak(device, args.dtype)
+    size, top = 4e-9 * sum(p.numel() for p in net.parameters()), matmul_peak(device, args.dtype, clock)
     rate = {name: useful_flops(net, pairs, kinds) / median(times[name])
             for name, kinds in (("sft", (2,)), ("dpo", (2, 3))) if name in times}
     print(probe.markdown(
@@ -272,6 +271,8 @@ def measure(net, pairs, args, device):
           f"{rate[name] / top:.0%}" if name in rate else ""] for name, t in times.items()]))
     if "dpo" in times:
         times["dpo + ref / 3"] = [a + b / EPOCHS for a, b in zip(times["dpo"], times["ref"])]
+    if "trl" in args.only:
+        times["trl"] = min((t for name, t in times.items() if name.startswith("trl")), key=median)
     ratios = [(a, b, [x / y for x, y in zip(times[a], times[b])], target)
               for a, b, target in RATIOS if a in times and b in times]
     print("\n" + probe.markdown(
@@ -325,6 +326,8 @@ def main():
     parser.add_argument("--steps", type=int, help="rounds (default: 5); steps of --check (20)")
     parser.add_argument("--pairs", type=int, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-6)
+    parser.add_argument("--attention", nargs="+", choices=["sdpa", "eager"], default=["sdpa", "eager"],
+                        help="TRL's, a row each; the faster one counts")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
                         help="cpu: processor time, for one thread on a busy machine")
     parser.add_argument("--check", action="store_true", help="same as TRL? exit status 1 if not")
