@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r tests/requirements-bench.txt    (without: no row of TRL's)
     python tests/bench.py --shapes cpu                                 side by side, in alternation
     python tests/bench.py --shapes world --check --lr 2e-4             do they learn the same?
-    python tests/bench.py --shapes h200 --dtype bfloat16 --only sft dpo trl
+    python tests/bench.py --shapes h200 --dtype bfloat16 --attention sdpa
 
     sft     our step on the chosen responses
     dpo     our step on pairs, with a cached reference
@@ -80,8 +80,9 @@ def make_batch(pairs, encoder, *kinds):
     for pair, responses in [(pair, kind) for kind in kinds for pair in pairs]:
         parts = [[data.IMAGE] * encoder.tokens + pair[1], *(pair[k] for k in responses)]
         segment = [i for i, part in enumerate(parts) for _ in part]
-        position = [j + (len(parts[0]) if i else 0) for i, p in enumerate(parts) for j in range(len(p))]
-        source = [len(parts[0]) - 1 if p == len(parts[0]) else t - 1 for t, p in enumerate(position)]
+        n = len(parts[0])
+        position = [j + n * (i > 0) for i, part in enumerate(parts) for j in range(len(part))]
+        source = [n - 1 if p == n else t - 1 for t, p in enumerate(position)]
         rows.append(data.Row(sum(parts, []), segment, [s > 0 for s in segment], position, source))
         pictures.append(picture(data.Sample("", pair[0], [])))
     return data.collate(rows, pictures, range(len(rows)), encoder.image_size, len(kinds[0]) == 2)
@@ -108,8 +109,9 @@ def llava(net, attention):
                               PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig)
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
     encoder, llm = vars(net.encoder.config), vars(net.llm.config)
-    text = Qwen2Config(**llm, rope_parameters={"rope_type": "default", "rope_theta": llm["rope_theta"]},
-                       pad_token_id=PAD, bos_token_id=None, eos_token_id=PAD)
+    rope = {"rope_type": "default", "rope_theta": llm["rope_theta"]}
+    text = Qwen2Config(**llm, rope_parameters=rope, pad_token_id=PAD, bos_token_id=None,
+                       eos_token_id=PAD)
     theirs = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=SiglipVisionConfig(**encoder, vision_use_head=False), text_config=text,
         image_token_index=PLACE, vision_feature_select_strategy="full", vision_feature_layer=-2,
@@ -124,8 +126,9 @@ def llava(net, attention):
     words = ["<pad>", "<image>", *map(str, range(2, text.vocab_size))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>",
-                                        extra_special_tokens={"image_token": "<image>"})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"})
     images = SiglipImageProcessorPil(size=dict.fromkeys(("height", "width"), encoder["image_size"]))
     return theirs, LlavaProcessor(images, tokenizer, encoder["patch_size"], "full")
 
@@ -134,37 +137,41 @@ def make_trl(net, pairs, args, device, attention="sdpa"):
     """DPOTrainer, its model as it prepares it for training, and a batch from its collator."""
     import datasets
     from trl import DPOConfig, DPOTrainer
-    settings = dict(gradient_checkpointing=False, bf16=args.dtype == "bfloat16", max_length=None,
-                    precompute_ref_log_probs=False, padding_free=False, use_cpu=device.type == "cpu")
+    settings = dict(bf16=args.dtype == "bfloat16", use_cpu=device.type == "cpu", max_length=None,
+                    gradient_checkpointing=False, precompute_ref_log_probs=False, padding_free=False)
     (model, processor), (reference, _) = (llava(net, attention) for _ in range(2))
     samples = [{"images": [pair[0]], "prompt": " ".join(["<image>", *map(str, pair[1])]),
                 "chosen": " ".join(map(str, pair[2])), "rejected": " ".join(map(str, pair[3]))}
                for pair in pairs]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DPOTrainer(model, reference, DPOConfig(folder, report_to="none", beta=BETA, **settings),
-                             train_dataset=datasets.Dataset.from_list(samples[:1]),
-                             processing_class=processor)
+        config = DPOConfig(folder, report_to="none", beta=BETA, **settings)
+        trainer = DPOTrainer(model, reference, config, processing_class=processor,
+                             train_dataset=datasets.Dataset.from_list(samples[:1]))
     trainer.current_gradient_accumulation_steps = 1                 # as train() would set it
     args.trl = settings
     batch = trainer._prepare_inputs(trainer.data_collator(samples))
-    expected = make_batch(pairs, net.encoder.config, (2,), (3,)).tokens     # the very same token ids
+    expected = make_batch(pairs, net.encoder.config, (2,), (3,)).tokens     # the same token ids
     real = batch["attention_mask"].bool().cpu()
     assert torch.equal(batch["input_ids"].cpu()[real], expected.where(expected >= 0, PLACE)[real])
     return trainer, trainer.accelerator.prepare_model(trainer.model), batch
 
 
-def updating(model, loss_of, lr):
-    """loss_of() backpropagates and returns the loss; the rest of a step is the same for everybody."""
+def adamw(model, lr):
+    """Everybody's optimiser, its state made already by a step with no gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0, fused=True)
-    for p in parameters:                            # a step of nothing: the optimiser makes its state
+    for p in parameters:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
+    return optimizer
 
+
+def updating(optimizer, loss_of):
+    """A step. loss_of() backpropagates and returns the loss; the rest is the same for everybody."""
     def step():
         loss = loss_of()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.)
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.)
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -173,7 +180,7 @@ def updating(model, loss_of, lr):
 
 def contestants(net, pairs, args, device):
     """{name: (step, how many copies of the weights it holds: policy, two moments, reference)}"""
-    steps, kinds = {}, ([(2,)], [(2, 3)], [(2,), (3,)])
+    steps, optimizer, kinds = {}, adamw(net, args.lr), ([(2,)], [(2, 3)], [(2,), (3,)])
     chosen, paired, apart = (make_batch(pairs, net.encoder.config, *k).to(device) for k in kinds)
 
     def add(name, loss_of, copies):
@@ -181,7 +188,7 @@ def contestants(net, pairs, args, device):
             with probe.autocast(device, args.dtype):
                 loss = loss_of()
             loss.backward()
-        steps[name] = updating(net, backward, args.lr), copies
+        steps[name] = updating(optimizer, backward), copies
 
     def mean(objective, batch):
         loss, count, _ = objective(net, batch)
@@ -209,7 +216,7 @@ def contestants(net, pairs, args, device):
     for attention in args.attention if "trl" in args.only else ():
         trainer, model, batch = make_trl(net, pairs, args, device, attention)
         loss_of = functools.partial(trainer.training_step, model, batch)
-        steps["trl " + attention] = updating(model, loss_of, args.lr), 4
+        steps["trl " + attention] = updating(adamw(model, args.lr), loss_of), 4
     return steps
 
 
@@ -261,13 +268,14 @@ def measure(net, pairs, args, device):
     for k in tqdm(range(args.steps), "round", leave=False):
         for name in (list(steps) * 2)[k % len(steps):][:len(steps)]:                # by turns
             times.setdefault(name, []).append(seconds(steps[name][0], device, clock))
-    size, top = 4e-9 * sum(p.numel() for p in net.parameters()), matmul_peak(device, args.dtype, clock)
+    size = 4e-9 * sum(p.numel() for p in net.parameters())
+    top = matmul_peak(device, args.dtype, clock)
     rate = {name: useful_flops(net, pairs, kinds) / median(times[name])
             for name, kinds in (("sft", (2,)), ("dpo", (2, 3))) if name in times}
     print(probe.markdown(
         ["step", "seconds", "range", "pairs/s", "held GB", "peak GB above", "MFU"],
-        [[name, f"{median(t):.3f}", f"{min(t):.3f} to {max(t):.3f}", f"{len(pairs) / median(t):.2f}",
-          f"{size * steps[name][1]:.2f}", f"{peaks[name] / 1e9:.2f}",
+        [[name, f"{median(t):.3f}", f"{min(t):.3f} to {max(t):.3f}",
+          f"{len(pairs) / median(t):.2f}", f"{size * steps[name][1]:.2f}", f"{peaks[name] / 1e9:.2f}",
           f"{rate[name] / top:.0%}" if name in rate else ""] for name, t in times.items()]))
     if "dpo" in times:
         times["dpo + ref / 3"] = [a + b / EPOCHS for a, b in zip(times["dpo"], times["ref"])]
@@ -278,11 +286,11 @@ def measure(net, pairs, args, device):
     print("\n" + probe.markdown(
         ["seconds of", "over", "median", "range of rounds", "target"],
         [[a, b, f"{median(r):.2f}", f"{min(r):.2f} to {max(r):.2f}", t] for a, b, r, t in ratios]))
-    print(f"\nMFU against {top / 1e12:.3g} TFLOP/s, measured here on matrix products in {args.dtype}.")
+    print(f"\nMFU against {top / 1e12:.3g} TFLOP/s, measured on {args.dtype} matrix products.")
     if args.shapes == "h200":
         for name, flops in rate.items():
-            print(f"{name}: {flops / 1e12:.0f} TFLOP/s, {flops / 989e12:.0%} of the datasheet's 989. "
-                  f"The paper's recipe, 3.0e19 FLOP, at that rate: {3e19 / flops / 3600:.1f} hours.")
+            print(f"{name}: {flops / 1e12:.0f} TFLOP/s, {flops / 989e12:.0%} of the datasheet's; "
+                  f"the paper's recipe (3.0e19 FLOP) in {3e19 / flops / 3600:.1f} GPU-hours.")
 
 
 def check(net, pairs, args, device):
@@ -296,12 +304,14 @@ def check(net, pairs, args, device):
     def objective():
         loss, count, metrics = dpo_objective(net, batch, BETA)
         (loss / count).backward()
-        ours.append([float(v) for v in (loss.detach() / count, *seen.pop(), metrics["margin"] / count)])
+        numbers = loss.detach() / count, *seen.pop(), metrics["margin"] / count
+        ours.append([float(v) for v in numbers])
 
     trainer, model, inputs = make_trl(theirs, pairs, args, device)
-    steps = [updating(net, objective, args.lr),
-             updating(model, lambda: trainer.training_step(model, dict(inputs)), args.lr)]
-    losses = [[float(step() or 0) for step in steps][1] for _ in tqdm(range(args.steps), leave=False)]
+    steps = [updating(adamw(net, args.lr), objective),
+             updating(adamw(model, args.lr), lambda: trainer.training_step(model, dict(inputs)))]
+    losses = [[float(step() or 0) for step in steps][1]
+              for _ in tqdm(range(args.steps), leave=False)]
     names = "loss", "logps/chosen", "logps/rejected", "rewards/margins"
     theirs = np.array([losses, *(trainer._metrics["train"][k] for k in names[1:])]).T
     print(probe.markdown(["step", *(f"{who} {k}" for k in names for who in ("our", "TRL's"))],
@@ -326,7 +336,7 @@ def main():
     parser.add_argument("--steps", type=int, help="rounds (default: 5); steps of --check (20)")
     parser.add_argument("--pairs", type=int, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-6)
-    parser.add_argument("--attention", nargs="+", choices=["sdpa", "eager"], default=["sdpa", "eager"],
+    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"],
                         help="TRL's, a row each; the faster one counts")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
                         help="cpu: processor time, for one thread on a busy machine")
@@ -341,14 +351,15 @@ def main():
         args.only = [name for name in args.only if name != "trl"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, llm, count = SHAPES[args.shapes]
-    net = m.MLLM(m.Encoder(encoder), m.Projector(encoder.hidden_size, llm.hidden_size), m.Decoder(llm))
+    projector = m.Projector(encoder.hidden_size, llm.hidden_size)
+    net = m.MLLM(m.Encoder(encoder), projector, m.Decoder(llm))
     m.initialise(net, 0).to(device)
     for module in net.encoder.unused():
         module.requires_grad_(False)
     pairs = make_pairs(args.shapes, encoder, llm, args.pairs or count)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     print(" ".join(sys.argv), f"{name}, {torch.get_num_threads()} threads, {', '.join(versions)}",
-          f"{args.shapes} shapes, {args.dtype}, {len(pairs)} pairs, learning rate {args.lr}", sep="\n")
+          f"{args.shapes} shapes, {args.dtype}, {len(pairs)} pairs, lr {args.lr}", sep="\n")
     print(encoder, llm, "", sep="\n", flush=True)
     (check if args.check else measure)(net, pairs, args, device)
     if args.trl:
