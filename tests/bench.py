@@ -138,7 +138,8 @@ def make_trl(net, pairs, args, device, attention="sdpa"):
     import datasets
     from trl import DPOConfig, DPOTrainer
     settings = dict(bf16=args.dtype == "bfloat16", use_cpu=device.type == "cpu", max_length=None,
-                    gradient_checkpointing=False, precompute_ref_log_probs=False, padding_free=False)
+                    gradient_checkpointing=False, precompute_ref_log_probs=False,
+                    padding_free=False)
     (model, processor), (reference, _) = (llava(net, attention) for _ in range(2))
     samples = [{"images": [pair[0]], "prompt": " ".join(["<image>", *map(str, pair[1])]),
                 "chosen": " ".join(map(str, pair[2])), "rejected": " ".join(map(str, pair[3]))}
@@ -275,8 +276,8 @@ def measure(net, pairs, args, device):
     print(probe.markdown(
         ["step", "seconds", "range", "pairs/s", "held GB", "peak GB above", "MFU"],
         [[name, f"{median(t):.3f}", f"{min(t):.3f} to {max(t):.3f}",
-          f"{len(pairs) / median(t):.2f}", f"{size * steps[name][1]:.2f}", f"{peaks[name] / 1e9:.2f}",
-          f"{rate[name] / top:.0%}" if name in rate else ""] for name, t in times.items()]))
+          f"{len(pairs) / median(t):.2f}", f"{size * steps[name][1]:.2f}",
+          f"{peaks[name] / 1e9:.2f}", f"{rate[name] / top:.0%}" if name in rate else ""] for name, t in times.items()]))
     if "dpo" in times:
         times["dpo + ref / 3"] = [a + b / EPOCHS for a, b in zip(times["dpo"], times["ref"])]
     if "trl" in args.only:
