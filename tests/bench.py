@@ -277,7 +277,8 @@ def measure(net, pairs, args, device):
         ["step", "seconds", "range", "pairs/s", "held GB", "peak GB above", "MFU"],
         [[name, f"{median(t):.3f}", f"{min(t):.3f} to {max(t):.3f}",
           f"{len(pairs) / median(t):.2f}", f"{size * steps[name][1]:.2f}",
-          f"{peaks[name] / 1e9:.2f}", f"{rate[name] / top:.0%}" if name in rate else ""] for name, t in times.items()]))
+          f"{peaks[name] / 1e9:.2f}", f"{rate[name] / top:.0%}" if name in rate else ""]
+         for name, t in times.items()]))
     if "dpo" in times:
         times["dpo + ref / 3"] = [a + b / EPOCHS for a, b in zip(times["dpo"], times["ref"])]
     if "trl" in args.only:
