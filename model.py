@@ -73,7 +73,7 @@ def attend(q, k, v, mask=None):
     """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: see `additive`, (B, 1, T, S)
     -> (B, heads, T, d).
 
-    In bf16 on a CPU it is written out: there the fused kernel takes two to five times as long."""
+    In bf16 on a CPU it is written out: the fused kernel takes 1.7 (936 tokens) to 10 times (36) as long."""
     mask = mask if mask is None else mask.type_as(q)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, mask)
