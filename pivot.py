@@ -10,6 +10,7 @@ encoder that --encoder names, frozen, under a fresh projector and LLM.
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -661,20 +662,21 @@ def export(s, folder):
 
 
 def on_policy(s, model, dataset, prepare, settings, device):
-    """The sampled share of the world's preferences; sft and dpo of a run see the same ones."""
-    file = Path(s.runs) / s.name / "sampled.json"
+    """The sampled share of the world's preferences, kept with the base model for all who share it."""
     key = {k: settings[k] for k in ("inputs", "seed", "samples", "pairs", "template", "dtype")}
-    known = json.loads(file.read_text()) if file.exists() else {}
-    dist.barrier()
-    if known.get("key") != key:
+    key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    file = Path(s.runs) / s.base / "sampled" / f"{key}.json"
+    if not file.exists():
         wanted = range(0, s.samples, 1 + (s.pairs == "mixed"))
         pairs = sampled_pairs(model, dataset, wanted, prepare, s.seed, device,
                               probe.autocast(device, s.dtype))
-        known = {"key": key, "pairs": pairs}
         if first():
-            write_json(file, known)
-    say(f"{len(known['pairs'])} of {s.samples} pairs are the model's own")
-    return {int(i): tuple(pair) for i, pair in known["pairs"].items()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, pairs)
+        dist.barrier()
+    pairs = json.loads(file.read_text())
+    say(f"{len(pairs)} of {s.samples} pairs are the model's own")
+    return {int(i): tuple(pair) for i, pair in pairs.items()}
 
 
 def measure(s, folder, parts, pairs, prepare, device):
