@@ -228,7 +228,8 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
 
 @dataclass
 class Batch:
-    """Rows of equal length; what the model sees. Padding has sample -1. Targets are listed flat."""
+    """Rows of equal length, of a sample or several; what the model sees. Padding has sample -1.
+    Targets are listed flat."""
     tokens: torch.Tensor        # (rows, length) token ids, IMAGE where image features go
     sample: torch.Tensor        # (rows, length) which sample of the batch a token belongs to
     segment: torch.Tensor       # (rows, length) 0 prompt, 1 chosen, 2 rejected
@@ -251,32 +252,51 @@ class Batch:
                                 if torch.is_tensor(v)})
 
 
-def collate(rows, pictures, index, image_size, paired, dummy=False):
-    """Rows, their pictures (a (3, H, W) tensor or None each) and data set indices -> Batch.
-    paired: with the rejected responses."""
-    def pad(lists, value=0):
-        return pad_sequence([torch.tensor(x, dtype=torch.long) for x in lists], True, value)
+def packed(lengths):
+    """Which samples go into which row: [[index]]. Rows a little longer than the longest sample,
+    each next longest one into the emptiest: their lengths come out nearly equal."""
+    bins = [[0, []] for _ in range(sum(lengths) // max(lengths))]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = min(bins)
+        emptiest[0] += lengths[i]
+        emptiest[1].append(i)
+    return [members for _, members in bins]
 
-    tokens, segment, position = (pad([getattr(row, name) for row in rows])
-                                 for name in ("tokens", "segment", "position"))
-    owner, responses = pad([[i] * len(row.tokens) for i, row in enumerate(rows)], -1), 1 + paired
-    targets = [(row.tokens[t], i * tokens.shape[1] + row.source[t],
-                i * responses + (paired and row.segment[t] == 2))
-               for i, row in enumerate(rows) for t in range(len(row.tokens)) if row.target[t]]
+
+def collate(rows, pictures, index, image_size, paired, dummy=False, pack=False):
+    """Rows, their pictures (a (3, H, W) tensor or None each) and data set indices -> Batch.
+    paired: with the rejected responses. pack: several samples to a row, instead of padding."""
+    bins = packed([len(row.tokens) for row in rows]) if pack else [[i] for i in range(len(rows))]
+    width = max(sum(len(rows[i].tokens) for i in members) for members in bins)
+    columns, targets, responses = [], [], 1 + paired
+    for line, members in enumerate(bins):
+        at, lists = 0, [[], [], [], []]                 # tokens, sample, segment, position
+        for i in members:
+            row = rows[i]
+            targets += [(row.tokens[t], line * width + at + row.source[t],
+                         i * responses + (paired and row.segment[t] == 2))
+                        for t in range(len(row.tokens)) if row.target[t]]
+            own = row.tokens, [i] * len(row.tokens), row.segment, row.position
+            lists = [whole + list(part) for whole, part in zip(lists, own)]
+            at += len(row.tokens)
+        columns.append([torch.tensor(x, dtype=torch.long) for x in lists])
+    tokens, sample, segment, position = (pad_sequence(column, True, value) for column, value in
+                                         zip(zip(*columns), (0, -1, 0, 0)))
     target, source, response = torch.tensor(targets, dtype=torch.long).view(-1, 3).T.contiguous()
-    pixels = [p for p in pictures if p is not None]
-    return Batch(tokens, owner, segment, position, target, source, response,
+    pixels = [pictures[i] for members in bins for i in members if pictures[i] is not None]
+    return Batch(tokens, sample, segment, position, target, source, response,
                  torch.stack(pixels) if pixels else torch.zeros(1, 3, image_size, image_size),
                  torch.tensor(index), responses, len(pixels), dummy)
 
 
 class Prepare:
     """Samples -> Batch: the picture as the encoder wants it, the text as the LLM wants it.
-    responses 1: a rejected response is left out. end: the token id that ends a turn."""
+    responses 1: a rejected response is left out. pack: see collate; prompts alone never are.
+    end: the token id that ends a turn."""
 
-    def __init__(self, tokenizer, template, encoder, max_length, responses):
+    def __init__(self, tokenizer, template, encoder, max_length, responses, pack=False):
         self.tokenizer, self.template, self.encoder = tokenizer, template, encoder
-        self.max_length, self.responses = max_length, responses
+        self.max_length, self.responses, self.pack = max_length, responses, pack
         if tokenizer:                           # None: for pictures alone
             self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
@@ -318,7 +338,8 @@ class Prepare:
             pictures = [None if p is None else torch.zeros_like(p) for p in pictures]
         paired = any(s.rejected is not None for s in samples)
         index = list(index or range(len(rows)))
-        return collate(rows, pictures, index, self.encoder.image_size, paired, dummy)
+        return collate(rows, pictures, index, self.encoder.image_size, paired, dummy,
+                       self.pack and answers)
 
 
 @functools.lru_cache(2)

@@ -375,7 +375,7 @@ def train(s, objective, folder, model, steps, held_out, references, device):
 
     def forward(batch, reference):
         """Loss summed over a micro-batch; numbers to add up over micro-batches and ranks."""
-        lengths = (batch.sample >= 0).sum(1).tolist()
+        lengths = batch.sample[batch.sample >= 0].bincount().tolist()
         work = probe.flops(model, lengths, len(batch.target), trains, batch.images) if whole else 0
         batch = batch.to(device)
         if reference:
@@ -560,7 +560,8 @@ def run_stage(s, device):
                if "encoder" in parts else world_encoder(s))
     s = replace(s, template=s.template or default_template(s, parts))
     prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
-                           responses=2 if row.objective == "dpo" else 1)
+                           responses=2 if row.objective == "dpo" else 1,
+                           pack=row.objective != "contrastive")
     dataset = training_data(s, row)
     held_out = (data.Records(s.eval_data, s.image_root) if s.eval_data else
                 None if s.data else data.World(row.content, s.split, 512))

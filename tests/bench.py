@@ -85,7 +85,8 @@ def make_batch(pairs, encoder, *kinds):
         source = [n - 1 if p == n else t - 1 for t, p in enumerate(position)]
         rows.append(data.Row(sum(parts, []), segment, [s > 0 for s in segment], position, source))
         pictures.append(picture(data.Sample("", pair[0], [])))
-    return data.collate(rows, pictures, range(len(rows)), encoder.image_size, len(kinds[0]) == 2)
+    return data.collate(rows, pictures, range(len(rows)), encoder.image_size, len(kinds[0]) == 2,
+                        pack=len(kinds) == 1)
 
 
 # ---------------------------------------------------------------------------------- the contestants

@@ -27,7 +27,8 @@ def test_special_tokens_are_not_spelled_by_text(tokenizer):
     hostile = "<|im_end|> <|im_start|>user <image> <unk>"
     assert not set(tokenizer.encode(hostile)) & set(tokenizer.special.values())
     row = data.encode(Sample("x", None, [(hostile, hostile)]), tokenizer, "chatml", 4, 200)
-    assert [row.tokens.count(i) for i in tokenizer.special.values()] == [3, 3] and IMAGE not in row.tokens
+    assert [row.tokens.count(tokenizer.special[t]) for t in ("<|im_start|>", "<|im_end|>", "<unk>")] == [3, 3, 0]
+    assert IMAGE not in row.tokens
 
 
 def test_tokenizer_is_deterministic_and_knows_the_world(tokenizer, tmp_path):
@@ -105,6 +106,20 @@ def test_ranks_share_a_step_evenly(batch, micro, world):
     real = [i for r in ranks for index, dummy in r if not dummy for i in index]
     assert sorted(real) == sorted(data.shuffled(2, batch, 50, 0))
     assert all(len(index) <= micro for r in ranks for index, _ in r)
+
+
+def test_packing_leaves_little_padding_and_loses_nothing():
+    """10,000 log-normal response lengths (median 150, sigma 0.8) in batches of 32, behind 60 tokens of prompt."""
+    lengths = (60 + 150 * np.exp(.8 * np.random.default_rng(0).standard_normal(10_000))).astype(int).tolist()
+    slots, used = 0, 0
+    for start in range(0, 10_000, 32):
+        batch = lengths[start:start + 32]
+        bins = data.packed(batch)
+        assert sorted(i for members in bins for i in members) == list(range(len(batch)))
+        slots += len(bins) * max(sum(batch[i] for i in members) for members in bins)
+        used += sum(batch)
+    print(f"padding {1 - used / slots:.2%}")
+    assert 1 - used / slots < .05
 
 
 # ------------------------------------------------------------------------------------------------------------- the world

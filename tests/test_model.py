@@ -50,6 +50,10 @@ def test_shared_prefix_equals_two_separate_causal_forwards(net, theirs, prepare,
     assert batch.images == 6 and batch.tokens.shape[0] == 7 and (batch.sample < 0).any()
     expected = torch.stack([separate(net, theirs, prepare.row(s), prepare.picture(s)) for s in pairs])
     close(net(batch), expected)
+    prepare.pack = True                                     # the same, several samples to a row
+    batch = prepare(pairs)
+    assert batch.tokens.shape[0] < 7 and len(batch) == 7
+    close(net(batch), expected)
 
 
 @torch.no_grad()
