@@ -646,6 +646,7 @@ class World:
     first     number of the first scene: runs of different seeds see different scenes
     sampled   {i: (chosen, rejected)} of preferences whose two responses a model gave"""
     asked = [*CATEGORY, TEXT_ONLY]          # kinds of content "questions", in turn
+    longest = 8                             # tokens of an answer to these
 
     def __init__(self, content, split, length, wording="free", errors=.2, kinds=(), first=0):
         self.content, self.split, self.length, self.wording = content, split, length, wording

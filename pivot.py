@@ -74,10 +74,10 @@ WORLD = {
     "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "captions", 32000, 50, 32, .015, 0, "muon"),
     "lookup": Stage(("align",), ALL, "sft", "lookup", 32000, 200, 32, .015, .0015, "muon"),
     "instruct": Stage(("lookup",), ALL, "sft", "instruct", 64000, 800, 32, .015, .0015, "muon"),
-    "sft": Stage(("instruct",), ALL, "sft", "preferences", 8192, 256, 32, 3e-4, 3e-4, "adamw"),
-    "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 8192, 256, 32, 1e-4, 1e-4, "adamw"),
-    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 150, 32, .015, 0, "muon"),
-    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 800, 32, .015, .0015, "muon"),
+    "sft": Stage(("instruct",), ALL, "sft", "preferences", 4096, 128, 32, 3e-4, 3e-4, "adamw"),
+    "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 4096, 128, 32, 1e-4, 1e-4, "adamw"),
+    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 100, 32, .015, 0, "muon"),
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 300, 32, .015, .0015, "muon"),
 }
 PAPER = {   # the appendix's hyper-parameters; every stage takes its data from --data
     "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),

@@ -75,7 +75,7 @@ def vqa(model, data, prepare, device, dtype, blank=False):
     rows = []
     for samples, batch in shares(data, prepare, "questions", blank=blank, answers=False):
         with autocast(device, dtype):
-            said = model.generate(batch.to(device), prepare.end, max_new=32)
+            said = model.generate(batch.to(device), prepare.end, getattr(data, "longest", 64))
         for s, ids in zip(samples, said):
             answers = s.answers or (s.turns[-1][1],)
             rows.append((s.kind, s.category, answers[0],
