@@ -344,7 +344,7 @@ def meter(sums, seconds, waited, device):
     memory = (torch.cuda.max_memory_allocated() if cuda else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return {"samples_per_s": sums["samples"] / seconds, "tokens_per_s": sums["tokens"] / seconds,
-            "tflops": rate / 1e12, **({"mfu": rate / peak} if peak else {}),
+            "flops": sums["flops"], "tflops": rate / 1e12, **({"mfu": rate / peak} if peak else {}),
             "peak_gb": memory / 2 ** 30, "waiting": waited / seconds}
 
 
@@ -362,7 +362,6 @@ def train(s, objective, folder, model, steps, held_out, references, device):
     optimizers, log, start = make_optimizers(model, s), folder / "log.jsonl", 0
     trains = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
-    whole = isinstance(model, MLLM) and model.encoder is not None
     stop = []                                    # a signal asks: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.append(1))
@@ -376,7 +375,7 @@ def train(s, objective, folder, model, steps, held_out, references, device):
     def forward(batch, reference):
         """Loss summed over a micro-batch; numbers to add up over micro-batches and ranks."""
         lengths = batch.sample[batch.sample >= 0].bincount().tolist()
-        work = probe.flops(model, lengths, len(batch.target), trains, batch.images) if whole else 0
+        work = probe.flops(model, lengths, len(batch.target), trains, batch.images)
         batch = batch.to(device)
         if reference:
             batch.ref = reference(batch)

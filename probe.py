@@ -482,21 +482,28 @@ def flops(model, lengths, targets, trains, images):
     once more for its weights, if its part trains, and once more for its inputs, if anything that
     trains lies before it; attention, which has two inputs, twice more. Recomputation is not counted.
 
-    model: an MLLM (its configs count). targets: tokens with a logit. trains: names of parts."""
-    encoder, llm, layers = model.encoder.config, model.llm.config, len(model.encoder.used())
-    n, d, f, p = encoder.tokens, encoder.hidden_size, encoder.intermediate_size, encoder.patch_size
-    m = images * (n + encoder.class_token + encoder.num_register_tokens)
-    f *= 1.5 if encoder.hidden_act == "swiglu" else 1       # its first matrix is twice as wide
-    width, tokens, length = llm.hidden_size, n * images, sum(lengths)
-    q, k = (h * llm.head_dim for h in (llm.num_attention_heads, llm.num_key_value_heads))
-    depth = llm.num_hidden_layers
-    steps = [       # in the order of the forward pass: (part, matrices, attention)
-        ("encoder", tokens * 6 * p * p * d, 0),
-        ("encoder", m * layers * 2 * (4 * d * d + 2 * d * f), m * layers * 4 * d * m / max(1, images)),
-        ("projector", tokens * 2 * d * width, 0), ("projector", tokens * 2 * width * width, 0),
-        ("llm", length * depth * 2 * (2 * width * (q + k) + 3 * width * llm.intermediate_size),
-         sum(l * l for l in lengths) * depth * 4 * q),
-        ("llm", targets * 2 * width * llm.vocab_size, 0)]
+    model: an MLLM, or what there is of one (its configs count). targets: tokens with a logit.
+    trains: names of parts."""
+    encoder, llm = getattr(model, "encoder", None), getattr(model, "llm", None)
+    steps = []      # in the order of the forward pass: (part, matrices, attention)
+    if encoder:
+        c, layers, tokens = encoder.config, len(encoder.used()), images * encoder.config.tokens
+        m, d = c.tokens + c.class_token + c.num_register_tokens, c.hidden_size
+        f = c.intermediate_size * (1.5 if c.hidden_act == "swiglu" else 1)  # its fc1 is twice as wide
+        steps += [("encoder", tokens * 6 * c.patch_size ** 2 * d, 0),
+                  ("encoder", images * m * layers * 2 * (4 * d * d + 2 * d * f),
+                   images * m * layers * 4 * d * m)]
+    if encoder and llm:
+        width = llm.config.hidden_size
+        steps += [("projector", tokens * 2 * d * width, 0),
+                  ("projector", tokens * 2 * width * width, 0)]
+    if llm:
+        c, width = llm.config, llm.config.hidden_size
+        q, k = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+        layer = 2 * (2 * width * (q + k) + 3 * width * c.intermediate_size)
+        steps += [("llm", sum(lengths) * c.num_hidden_layers * layer,
+                   sum(n * n for n in lengths) * c.num_hidden_layers * 4 * q),
+                  ("llm", targets * 2 * width * c.vocab_size, 0)]
     total, below = 0, False
     for part, matrices, attention in steps:
         total += matrices * (1 + (part in trains) + below) + attention * (1 + 2 * below)

@@ -244,7 +244,61 @@ def gradients(out, bases):
     return markdown(["", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT"], rows)
 
 
-def report(out, seeds, bases):
+def losses_and_gains(out, s, names, rows=("sft", "dpo")):
+    """A row for each run and method: what the model and its encoder can do, one seed."""
+    lines, metrics = [], ["visual", "pairs", "asked, encoder, cell", "segmentation recall"]
+    for name in names:
+        run = (read(out / name / "probe" / "results.json") or {}).get("probes", {})
+        for row in rows:
+            found = answers(out / name / row) | (probed(run[row]) if row in run else {})
+            if found:
+                lines.append([name.removeprefix(f"{s}-"), row.upper(), *(f"{found[m]:.3f}" if m in found else ""
+                                                                         for m in metrics)])
+    return markdown(["run", "method", *metrics], lines)
+
+
+def sweeps(out, s):
+    """Figures 2 to 6 in small, and one departure from the defaults at a time: one seed, no intervals."""
+    parts = {"1. and 5. Size of the encoder and of the LLM head": [f"{s}-{part}-{size}" for part in ("encoder", "llm")
+                                                                    for size in ("small", "large")],
+             "2. and 3. Number of samples": [f"{s}-n{n}" for n in SAMPLES],
+             "Settings of the world, one at a time": [f"{s}-{name}" for name in SETTINGS]}
+    return [f"## {title}\n\nOne seed; a difference below \"detectable\" above means nothing. First row: the defaults.\n\n"
+            + losses_and_gains(out, s, [str(s), *names]) for title, names in parts.items()
+            if any((out / name / "dpo").exists() for name in names)]
+
+
+def grid_report(out, bases):
+    """The learning rates: the rule was fixed before any number was seen, and is the same for both methods."""
+    lines, best = [], {}
+    for stage in ("sft", "dpo"):
+        shown = {}
+        for rate in GRID:
+            found = [answers(out / f"{s}-{rate}" / stage) for s in bases]
+            shown[rate] = [sum(f[m] for f in found) / len(found) for m in ("visual", "pairs")]
+        best[stage] = max(GRID, key=lambda rate: sum(shown[rate]))
+        lines += [[stage.upper(), rate, *(f"{v:.3f}" for v in values), "*" if rate == best[stage] else ""]
+                  for rate, values in shown.items()]
+    base = answers(out / f"base-{next(iter(bases.values()))}" / "instruct")
+    lines.append(["base", "", f"{base['visual']:.3f}", f"{base['pairs']:.3f}", ""])
+    return ("## Learning rates\n\nOn validation scenes, from one grid. The rule, for both methods: the highest sum of the "
+            "accuracy on visual questions\nand of the share of held-out pairs whose chosen answer is the likelier one.\n\n"
+            + markdown(["method", "rate", "visual", "pairs", "chosen"], lines) + "\n")
+
+
+def cost(out, b, s):
+    """FLOPs of each stage as trained, beside the encoder's pretraining."""
+    stages = {**{n: f"base-{b}/{n}" for n in ("encoder", "llm", "align", "lookup", "instruct")}, "sft": f"{s}/sft",
+              "dpo": f"{s}/dpo", "pivot": f"{s}-pivot-dpo/pivot"}
+    logs = {n: out / at / "log.jsonl" for n, at in stages.items() if (out / at / "log.jsonl").exists()}
+    flops = {n: sum(json.loads(line)["flops"] for line in log.read_text().splitlines()) for n, log in logs.items()}
+    return ("## Cost\n\nThe paper's recipe is 0.09% of its encoder's pretraining; our pretraining is as tiny as the rest. "
+            "Of a DPO step, the reference pass\nis left out; of the contrastive stage, the text tower.\n\n" + markdown(
+                ["stage", "FLOPs", "of the encoder's pretraining"],
+                [[n, f"{v:.2e}", f"{v / flops['encoder']:.2f}"] for n, v in flops.items()]))
+
+
+def report(out, seeds, bases, grid):
     """Write report.md: a section per finding with what was measured, and an honest sentence made from the numbers."""
     table = collect(out, bases)
     text = [f"# The study: seeds {seeds[0]} to {seeds[0] + seeds[1] - 1}, {len(set(bases.values()))} base models\n\n"
@@ -267,6 +321,9 @@ def report(out, seeds, bases):
                     "SFT's is scattered.\n\nlift: share of the gradient's mass inside the region over the region's share "
                     "of the picture; hit: the strongest token lies\ninside. Part of DPO's lift is arithmetic: tokens that "
                     "both answers share cancel; compare \"sft, differing tokens\".\n\n" + gradients(out, bases))
+        text[-1] += f"\n\n![gradient maps]({next(iter(bases))}/probe/gradients.png)"
+    text += sweeps(out, seeds[0]) + [cost(out, seeds[0], seeds[0])]
+    text += [grid.read_text()] if grid else []
     (out / "report.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
 
@@ -279,12 +336,18 @@ def main():
     parser.add_argument("--samples", type=int, default=4096, help="preference pairs")
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
     parser.add_argument("--grid", action="store_true", help="learning rates of SFT and DPO, instead of the comparison")
+    parser.add_argument("--learning-rates", type=Path, help="grid.md of a --grid run, for the report")
     parser.add_argument("--sweeps", action="store_true", help="also sizes, samples and single settings")
     args, extra = parser.parse_known_args()
     jobs = plan((args.first, args.seeds), args.grid, args.sweeps, args.samples)
     run(jobs, args.out.resolve(), args.jobs, extra)
     numbers = range(args.first, args.first + args.seeds)
-    report(args.out, (args.first, args.seeds), {s: numbers[i % min(2, args.seeds)] for i, s in enumerate(numbers)})
+    bases = {s: numbers[i % min(2, args.seeds)] for i, s in enumerate(numbers)}
+    if args.grid:
+        text = grid_report(args.out, bases)
+        (args.out / "grid.md").write_text(text)
+        return print(text)
+    report(args.out, (args.first, args.seeds), bases, args.learning_rates)
 
 
 if __name__ == "__main__":
