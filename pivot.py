@@ -728,10 +728,12 @@ def run_probe(s, device):
     folder.mkdir(parents=True, exist_ok=True)
     encoders = {name: (at, str(Path(at).parent / "projector")) if "instruct" in name or
                 name.split()[-1] in ("sft", "dpo") else at for name, at in encoders.items()}
+    scenes = (60, 20, 60) if s.preset == "toy" else (1000, 300, 1000)
     results = probe.probes(encoders, llm=llm, select_layer=s.select_layer, seed=s.seed,
-                           device=device, out=folder)
+                           scenes=scenes, device=device, out=folder)
 
-    pairs = data.World("preferences", s.split, 600, s.wording, s.errors, first=s.seed * 1000)
+    pairs = data.World("preferences", s.split, 6 * scenes[0] // 10, s.wording, s.errors,
+                       first=s.seed * 1000)
     model = load_model(base / "encoder", base / "projector", base / "llm", s.select_layer)
     made = json.loads((base / "settings.json").read_text())
     prepare = data.Prepare(data.Tokenizer(base / "llm"), made["template"], model.encoder.config,

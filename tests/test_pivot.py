@@ -296,3 +296,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     run(*argv, tmp_path / "cut")
     one, two = ((tmp_path / name / "toy/llm/llm/model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two
+
+
+# ----------------------------------------------------------------------------------------------------------------- PIVOT
+
+def test_a_reused_projector_layer_stays_and_unfreezing_moves_the_encoder(toy):
+    runs, _ = toy
+    source = runs / "toy/dpo"
+    old, fresh = load_file(source / "projector/model.safetensors"), load_file(source / "encoder/model.safetensors")
+    for name, options in (("reused", ["--projector-layers", "1"]), ("moving", ["--unfreeze"])):
+        run("--stage", "pivot", *TOY, "--runs", runs, "--name", name, "--base", "toy", "--encoder", source / "encoder", *options)
+        projector = load_file(runs / name / "pivot/projector/model.safetensors")
+        encoder = load_file(runs / name / "pivot/encoder/model.safetensors")
+        assert torch.equal(old["0.weight"], projector["0.weight"]) == (name == "reused")
+        assert not torch.equal(old["2.weight"], projector["2.weight"])
+        assert all(torch.equal(v, encoder[k]) for k, v in fresh.items()) == (name == "reused")

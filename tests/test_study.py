@@ -1,0 +1,45 @@
+"""The study at toy length: every job of its plan runs, and its report says what the files say."""
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import study
+from conftest import ROOT
+
+
+def test_intervals_are_students():
+    from scipy import stats
+    values = np.random.default_rng(0).normal(1, 2, (200, 5))
+    for row in values[:20]:
+        mean, half, least = study.interval(list(row))
+        low, high = stats.t.interval(.95, 4, row.mean(), stats.sem(row))
+        assert abs(mean - row.mean()) < 1e-9 and abs(mean - half - low) < 1e-3 and abs(mean + half - high) < 1e-3
+        assert abs(least - (stats.t.ppf(.975, 4) + stats.t.ppf(.8, 4)) * stats.sem(row)) < 2e-3
+    assert math.isnan(study.interval([1.])[1])
+
+
+def test_every_job_waits_for_jobs_that_there_are():
+    for grid, sweeps in ((False, False), (True, False), (False, True)):
+        jobs = study.plan((100, 5), grid, sweeps, 4096)
+        assert all(need in jobs for _, after in jobs.values() for need in after)
+        assert len({s for s in (o[3] for o, _ in jobs.values())}) == 5          # five seeds, two of them with a base
+        assert sum(name.startswith("base-") and name.endswith("/instruct") for name in jobs) == 2 + 4 * sweeps
+
+
+def test_the_study_at_toy_length(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "tests/study.py"), "--out", str(tmp_path), "--preset", "toy",
+                           "--eval-scenes", "2", "--samples", "64"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = (tmp_path / "report.md").read_text()
+    for title in ("2. DPO and SFT", "3. The encoder by itself", "4. Segmentation", "4. Where the gradient goes",
+                  "Alignment", "6. PIVOT", "Cost", "random", "larger original", "absent objects"):
+        assert title in report, title
+    assert (tmp_path / "0/probe/gradients.png").exists()
+    answers = [study.answers(tmp_path / f"0/{stage}")["visual"] for stage in ("sft", "dpo")]
+    row = next(line for line in report.splitlines() if line.startswith("| DPO - SFT ") and "| visual " in line)
+    assert f"{answers[1] - answers[0]:+.4f}" in row and "not known from one seed" in row
+    found = json.loads((tmp_path / "0/dpo/results.json").read_text())["results"]["questions"]
+    asked = [v for v in found.values() if v[4] not in ("knowledge", "fact")]
+    assert abs(answers[1] - sum(v[1] for v in asked) / sum(v[0] for v in asked)) < 1e-9
