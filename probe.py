@@ -176,11 +176,11 @@ CHUNK = 8192                                # rows of features in use at the sam
 VIEWS = "encoder", "encoder + projector"
 
 
-def load_parts(encoder, projector=None, select_layer=-2):
-    """Folders -> the frozen modules [encoder] or [encoder, projector]."""
-    parts = [load_encoder(encoder, select_layer)]
+def load_parts(encoder, projector=None, config=None, select_layer=-2):
+    """Folders -> the frozen modules [encoder] or [encoder, projector]. config: see load_encoder."""
+    parts = [load_encoder(encoder, select_layer, config=config)]
     if projector:
-        tensors = open_tensors(projector)
+        tensors = open_tensors(projector, "model.mm_projector.")
         if "0.weight" not in tensors:
             raise BadInput(f"{projector}: no projector; it has a tensor 0.weight")
         file, name = tensors["0.weight"]
@@ -909,6 +909,8 @@ def main(argv=None):
                         "images/ and annotations/ (default: the world's probe scenes)")
     parser.add_argument("--select-layer", type=int, default=-2, help="layer that is probed, as in "
                         "LLaVA; 0: the last, normed (default: -2)")
+    parser.add_argument("--encoder-config", help="folder with the JSON files of the encoder that an "
+                        "official PIVOT or LLaVA-OneVision folder began with")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--llm", help="text LLM folder for the alignment probe (default: none)")
     parser.add_argument("--out", help="folder for results.json and pictures (default: none)")
@@ -918,6 +920,8 @@ def main(argv=None):
         folder = Path(name) / "encoder" if (Path(name) / "encoder").is_dir() else Path(name)
         beside = folder.parent / "projector"
         encoders[name] = (folder, beside if beside.is_dir() else None)
+        if asked.encoder_config and not beside.is_dir():        # one folder for all parts
+            encoders[name] = folder, folder, asked.encoder_config
     try:
         if asked.out:
             Path(asked.out).mkdir(parents=True, exist_ok=True)
