@@ -74,7 +74,7 @@ WORLD = {
     "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "captions", 32000, 50, 32, .015, 0, "muon"),
     "lookup": Stage(("align",), ALL, "sft", "lookup", 32000, 200, 32, .015, .0015, "muon"),
     "instruct": Stage(("lookup",), ALL, "sft", "instruct", 64000, 800, 32, .015, .0015, "muon"),
-    "sft": Stage(("instruct",), ALL, "sft", "preferences", 4096, 128, 32, 3e-4, 3e-4, "adamw"),
+    "sft": Stage(("instruct",), ALL, "sft", "preferences", 4096, 128, 32, 1e-4, 1e-4, "adamw"),
     "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 4096, 128, 32, 1e-4, 1e-4, "adamw"),
     "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 100, 32, .015, 0, "muon"),
     "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 300, 32, .015, .0015, "muon"),

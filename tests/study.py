@@ -269,20 +269,20 @@ def sweeps(out, s):
 
 
 def grid_report(out, bases):
-    """The learning rates: the rule was fixed before any number was seen, and is the same for both methods."""
+    """The learning rates that the held-out preferences choose, by the same rule for both methods."""
     lines, best = [], {}
     for stage in ("sft", "dpo"):
         shown = {}
         for rate in GRID:
             found = [answers(out / f"{s}-{rate}" / stage) for s in bases]
             shown[rate] = [sum(f[m] for f in found) / len(found) for m in ("visual", "pairs")]
-        best[stage] = max(GRID, key=lambda rate: sum(shown[rate]))
+        best[stage] = max(GRID, key=lambda rate: shown[rate][1])
         lines += [[stage.upper(), rate, *(f"{v:.3f}" for v in values), "*" if rate == best[stage] else ""]
                   for rate, values in shown.items()]
     base = answers(out / f"base-{next(iter(bases.values()))}" / "instruct")
     lines.append(["base", "", f"{base['visual']:.3f}", f"{base['pairs']:.3f}", ""])
-    return ("## Learning rates\n\nOn validation scenes, from one grid. The rule, for both methods: the highest sum of the "
-            "accuracy on visual questions\nand of the share of held-out pairs whose chosen answer is the likelier one.\n\n"
+    return ("## Learning rates\n\nOn validation scenes, from one grid. The rule, for both methods: the largest share of "
+            "held-out pairs whose\nchosen answer is the likelier one, the task that both are trained for.\n\n"
             + markdown(["method", "rate", "visual", "pairs", "chosen"], lines) + "\n")
 
 
