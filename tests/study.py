@@ -11,6 +11,7 @@ and order, so that differences between rows are paired by seed. Options not list
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm  # noqa: E402
 
 from probe import markdown  # noqa: E402
 
@@ -89,17 +92,26 @@ def run(jobs, out, parallel, extra):
         file = out / name / "settings.json"
         return file.exists() and json.loads(file.read_text()).get("finished", False)
 
+    def log(name):
+        return out / "logs" / f"{name.replace('/', '-')}.txt"
+
+    def now(name):
+        """What the job's own bar says: its stage and how far it is."""
+        bars = re.findall(r"(\w+): +(\d+%)", log(name).read_text(errors="replace")[-300:])
+        return " ".join((name, *(bars[-1] if bars else ())))
+
     threads = max(1, (os.cpu_count() or 1) // parallel)
     waiting, running = [j for j in jobs if not finished(j)], {}
     (out / "logs").mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(waiting), unit="job", dynamic_ncols=True)
     while waiting or running:
         for name, (process, began) in list(running.items()):
             if process.poll() is not None:
                 del running[name]
-                log = out / "logs" / f"{name.replace('/', '-')}.txt"
-                print(f"{name}: {time.time() - began:.0f} s", flush=True)
+                bar.update()
+                bar.write(f"{name}: {time.time() - began:.0f} s")
                 if process.returncode:
-                    sys.exit(f"{name} failed: {log.read_text()[-2000:]}")
+                    sys.exit(f"{name} failed, see {log(name)}: {log(name).read_text()[-2000:]}")
         open_ = {*waiting, *running}
         ready = [j for j in waiting if not open_ & set(jobs[j][1])]
         for name in ready[:parallel - len(running)]:
@@ -107,10 +119,12 @@ def run(jobs, out, parallel, extra):
             options = [str(o).replace("{out}", str(out)) for o in jobs[name][0]]
             command = [sys.executable, str(ROOT / "pivot.py"), "--runs", str(out), "--name", name.split("/")[0],
                        "--stage", name.split("/")[1], *options, *extra]
-            with open(out / "logs" / f"{name.replace('/', '-')}.txt", "w") as log:
-                running[name] = subprocess.Popen(command, stdout=log, stderr=log, env={
+            with open(log(name), "w") as file:
+                running[name] = subprocess.Popen(command, stdout=file, stderr=file, env={
                     **os.environ, "OMP_NUM_THREADS": str(threads)}), time.time()
+        bar.set_postfix_str(", ".join(map(now, running)))
         time.sleep(.2)
+    bar.close()
 
 
 # --------------------------------------------------------------------------------------------------------- what came out
