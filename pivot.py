@@ -740,10 +740,10 @@ def run_probe(s, device):
                            made["max_length"], responses=2)
     samples = [pairs[i] for i in range(len(pairs))]
     maps, rows = probe.gradient_maps(model.to(device), samples, prepare, device, s.beta)
-    shown = [[r["sample"] for r in rows if r["answer"] == kind][:2]
-             for kind in ("one word", "object", "scene")]
-    shown = [i for few in shown for i in few]
-    probe.gradient_picture([samples[i] for i in shown], maps[shown], folder / "gradients.png")
+    for kind in ("one word", "object", "scene"):
+        shown = [row["sample"] for row in rows if row["answer"] == kind][:3]
+        probe.gradient_picture([samples[i] for i in shown], maps[shown],
+                               folder / f"gradients-{kind.replace(' ', '-')}.png")
     write_json(folder / "results.json", {"probes": results, "gradients": rows})
     text = "\n\n".join([f"# {s.name}/probe", *probe.probe_tables(results)])
     (folder / "report.md").write_text(text + "\n")

@@ -131,6 +131,7 @@ def run(jobs, out, parallel, extra):
 
 T = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]     # Student's t, 97.5%, by degrees of freedom
 POWER = [0, 1.376, 1.061, .978, .941, .920, .906, .896, .889, .883]         # the same, 80%
+SHARED = ("random", "original", "base")                 # rows that all seeds of a base model share
 ASKED, NEVER = ("shape", "color", "size", "texture", "letter"), ("tilt", "ground")
 
 
@@ -169,12 +170,15 @@ def probed(row):
 
 
 def collect(out, bases):
-    """{row: {metric: [a value per seed]}}; what is missing is missing."""
-    table = {}
+    """{row: {metric: {seed: value}}}; what is missing is missing. What belongs to a base model, not to a seed, stands at
+    the first seed that uses it: two seeds do not make one base model two."""
+    table, once = {}, {b: s for s, b in reversed(bases.items())}
 
     def put(row, metrics):
         for name, value in metrics.items():
-            table.setdefault(row, {}).setdefault(name, []).append(value)
+            if row in SHARED and not name.startswith("PIVOT") and once[b] != s:
+                continue
+            table.setdefault(row, {}).setdefault(name, {})[s] = value
 
     for s, b in bases.items():
         mine, first = (read(out / name / "probe" / "results.json") for name in (str(s), f"base-{b}"))
@@ -198,11 +202,13 @@ def interval(values):
     return mean, T[n - 1] * error if n > 1 else float("nan"), (T[n - 1] + POWER[n - 1]) * error if n > 1 else float("nan")
 
 
-def compare(table, a, b, metrics):
-    """Rows of a markdown table: b - a, paired by seed."""
-    rows = []
+def compare(table, a, b, metrics, bases):
+    """Rows of a markdown table: b - a, paired by seed, or by base model where no seed is in it."""
+    rows, once = [], {b: s for s, b in reversed(bases.items())}
     for metric in metrics:
-        pairs = list(zip(table.get(a, {}).get(metric, []), table.get(b, {}).get(metric, [])))
+        first, second = (table.get(row, {}).get(metric, {}) for row in (a, b))
+        shared = a in SHARED and not metric.startswith("PIVOT")
+        pairs = [(first[at], second[s]) for s in second if (at := once[bases[s]] if shared else s) in first]
         if pairs:
             mean, half, least = interval([y - x for x, y in pairs])
             sure = "not known from one seed" if half != half else "higher" if mean > half else \
@@ -212,7 +218,7 @@ def compare(table, a, b, metrics):
 
 
 def values(table, metrics):
-    rows = [[row, *(f"{sum(found[m]) / len(found[m]):.3f}" if m in found else "" for m in metrics)]
+    rows = [[row, *(f"{sum(found[m].values()) / len(found[m]):.3f}" if m in found else "" for m in metrics)]
             for row, found in table.items() if any(m in found for m in metrics)]
     return markdown(["row", *metrics], rows)
 
@@ -320,7 +326,7 @@ def report(out, seeds, bases, grid):
             "difference\nthat such a study finds in 80% of cases. original: before any LLM; base: after instruct; SFT x 2: "
             "twice the samples,\nas many distinct responses as DPO sees; random: an untrained encoder."]
     for title, claim, metrics, pairs in FINDINGS:
-        rows = [row for a, b in pairs for row in compare(table, a, b, metrics)]
+        rows = [row for a, b in pairs for row in compare(table, a, b, metrics, bases)]
         if rows:
             text.append(f"## {title}\n\nThe paper: {claim}\n\n{values(table, metrics)}\n\n{markdown(DIFFERENCE, rows)}")
             key = [row for row in rows if row[0] == "DPO - SFT" and row[1] == metrics[0]]
@@ -335,7 +341,8 @@ def report(out, seeds, bases, grid):
                     "SFT's is scattered.\n\nlift: share of the gradient's mass inside the region over the region's share "
                     "of the picture; hit: the strongest token lies\ninside. Part of DPO's lift is arithmetic: tokens that "
                     "both answers share cancel; compare \"sft, differing tokens\".\n\n" + gradients(out, bases))
-        text[-1] += f"\n\n![gradient maps]({next(iter(bases))}/probe/gradients.png)"
+        for kind in ("one-word", "object", "scene"):
+            text.append(f"![gradient maps]({next(iter(bases))}/probe/gradients-{kind}.png)")
     text += sweeps(out, seeds[0]) + [cost(out, seeds[0], seeds[0])]
     text += [grid.read_text()] if grid else []
     (out / "report.md").write_text("\n\n".join(text) + "\n")

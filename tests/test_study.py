@@ -36,10 +36,24 @@ def test_the_study_at_toy_length(tmp_path):
     for title in ("2. DPO and SFT", "3. The encoder by itself", "4. Segmentation", "4. Where the gradient goes",
                   "Alignment", "6. PIVOT", "Cost", "random", "larger original", "absent objects"):
         assert title in report, title
-    assert (tmp_path / "0/probe/gradients.png").exists()
+    assert all((tmp_path / f"0/probe/gradients-{kind}.png").exists() for kind in ("one-word", "object", "scene"))
     answers = [study.answers(tmp_path / f"0/{stage}")["visual"] for stage in ("sft", "dpo")]
     row = next(line for line in report.splitlines() if line.startswith("| DPO - SFT ") and "| visual " in line)
     assert f"{answers[1] - answers[0]:+.4f}" in row and "not known from one seed" in row
     found = json.loads((tmp_path / "0/dpo/results.json").read_text())["results"]["questions"]
     asked = [v for v in found.values() if v[4] not in ("knowledge", "fact")]
     assert abs(answers[1] - sum(v[1] for v in asked) / sum(v[0] for v in asked)) < 1e-9
+
+
+def test_differences_are_paired_and_a_base_model_counts_once():
+    bases = {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
+    table = {"base": {"visual": {0: .5, 1: .7}}, "SFT": {"visual": {s: .6 + s / 100 for s in bases}},
+             "DPO": {"visual": {s: .61 + s / 50 for s in bases if s != 2}}, "original": {"visual": {0: .4, 1: .5}}}
+    row, = study.compare(table, "SFT", "DPO", ["visual"], bases)
+    gains = [.01 + s / 100 for s in (0, 1, 3, 4)]
+    mean, half, _ = study.interval(gains)
+    assert row[2:5] == [4, f"{mean:+.4f}", f"{half:.4f}"]
+    row, = study.compare(table, "original", "base", ["visual"], bases)
+    assert row[2:4] == [2, "+0.1500"]
+    row, = study.compare(table, "base", "SFT", ["visual"], bases)
+    assert row[2] == 5 and row[3] == f"{sum(.6 + s / 100 - (.5, .7)[b] for s, b in bases.items()) / 5:+.4f}"
