@@ -251,6 +251,10 @@ class Batch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()
                                 if torch.is_tensor(v)})
 
+    def pin_memory(self):       # the DataLoader asks for it
+        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items()
+                                if torch.is_tensor(v)})
+
 
 def packed(lengths):
     """Which samples go into which row: [[index]]. Rows a little longer than the longest sample,

@@ -156,7 +156,7 @@ class Settings:
     export_dtype: str = option("float32", "of the folders; bfloat16 rounds most of a DPO update away",
                                ["float32", "bfloat16"])
     export: str = option(None, "also write the model as one folder for transformers", ["llava"])
-    workers: int = option(0, "processes that prepare batches")
+    workers: int = option(None, "processes that prepare batches (default: 4 for the paper, else 0)")
     save_every: int = option(200, "steps between saves for resuming")
     eval_every: int = option(0, "steps between looks at held-out samples while training; 0: none")
     split: str = option("test", "scenes of the final tables; choose settings on validation",
@@ -171,16 +171,18 @@ class Settings:
 
 
 # handed on to the earlier stages that a stage has to run first
-SHARED = ("runs", "preset", "seed", "wording", "encoder_config", "image_size", "encoder_size", "llm_size", "max_length", "template",
-          "select_layer", "dtype", "workers", "eval_scenes")
+SHARED = ("runs", "preset", "seed", "wording", "encoder_config", "image_size", "encoder_size",
+          "llm_size", "max_length", "template", "select_layer", "dtype", "workers", "eval_scenes")
 # may change between a run and its continuation; settings that name files count by their content
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "questions",
-        "image_root", "micro_batch", "workers", "save_every", "eval_every", "image", "question", "model", "export", "checkpointing", "compile", "dry_run", "gpus", "utilisation")
+        "image_root", "micro_batch", "workers", "save_every", "eval_every", "image", "question",
+        "model", "export", "checkpointing", "compile", "dry_run", "gpus", "utilisation")
 
 
 def resolve(s):
     """Fill in what the command line left open."""
-    s = replace(s, name=s.name or s.preset, base=s.base or s.preset)
+    workers = s.workers if s.workers is not None else 4 * (s.preset == "paper")
+    s = replace(s, name=s.name or s.preset, base=s.base or s.preset, workers=workers)
     if s.dtype == "auto":
         cuda = torch.cuda.is_available()
         bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
