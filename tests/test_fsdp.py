@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,6 @@ def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, s
     if resume and dist.get_rank() == 0:
         shutil.copytree(folder / resume, home, dirs_exist_ok=True)
     dist.barrier()
-    net = pivot.shard(net, s)
 
     def loss_of(*arguments):
         calls.append(1)
@@ -85,7 +85,11 @@ def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, s
     patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     patch.setattr(pivot.dcp, "load", load)
     patch.setattr(pivot.dcp, "save", save)
+    patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))        # no C++, which takes minutes
     try:
+        names = list(net.state_dict())
+        net = pivot.shard(net, s)
+        assert list(net.state_dict()) == names
         pivot.train(s, loss_of, home, net, steps, None, (live, None), torch.device("cpu"))
     except pivot.Stopped:
         assert stop
@@ -144,10 +148,11 @@ def done(tmp_path_factory):
 
     launch(1, folder, tokens, *jobs("one", BATCH), *jobs("parts", 2))
     launch(2, folder, tokens, *jobs("two", 3), *jobs("cut", 3, stop=1)[1:], *resumed("again2"),
-           dict(name="bf16-two", objective="dpo", dtype="bfloat16"), dict(name="align-two", trains="projector"))
+           dict(name="bf16-two", objective="dpo", dtype="bfloat16", micro=3), dict(name="align-two", trains="projector"),
+           dict(name="kept-two", objective="dpo", micro=3, checkpointing=1))
     launch(3, folder, tokens, *jobs("three", 2), *resumed("again3"))
-    launch(1, folder, tokens, *resumed("again1"), dict(name="bf16-one", objective="dpo", dtype="bfloat16"),
-           dict(name="align-one", trains="projector"))
+    launch(1, folder, tokens, *resumed("again1"), dict(name="bf16-one", objective="dpo", dtype="bfloat16", micro=3),
+           dict(name="align-one", trains="projector"), dict(name="kept-one", objective="dpo", checkpointing=1))
     return {file.stem: torch.load(file) for file in folder.glob("*.pt")}
 
 
@@ -197,6 +202,44 @@ def test_bf16_gathers_keep_fp32_masters(done):
         moved = state["weights"]["llm.model.layers.0.mlp.up_proj.weight"]
         assert (moved != moved.bfloat16().float()).float().mean() > .9
     close(one["gradient"], two["gradient"], 5e-2)
+
+
+
+def test_checkpointing_changes_nothing(done):
+    one, kept = done["dpo-adamw-one"], done["kept-one"]
+    assert all(torch.equal(v, kept[part][k]) for part in ("gradient", "weights") for k, v in one[part].items())
+    compare(one, done["kept-two"], 1e-5)
+
+
+def test_blocks_compile_once_and_not_once_per_length(tmp_path, monkeypatch):
+    """Loss and gradient are unchanged; batches of other rows, lengths and pictures make no new graph; it generates."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    tokenizer = data.train_tokenizer(tmp_path)
+    plain, net = make_net(len(tokenizer)), make_net(len(tokenizer))
+    pivot.shard(net, pivot.resolve(pivot.Settings("dpo", preset="toy", dtype="float32", compile=True, checkpointing=True)))
+    assert list(net.state_dict()) == list(plain.state_dict())
+    prepare = data.Prepare(tokenizer, "plain", net.encoder.config, 512, 2, pack=True)
+    samples, shapes, made = [data.World("preferences", "probe", 40)[i] for i in range(40)], set(), []
+    for some in (samples[:7], samples[7:16], samples[18:30], samples[31:]):
+        batch = prepare(some)
+        losses = [dpo_objective(model, replace(batch, ref=torch.zeros(len(some), 2)))[0] for model in (plain, net)]
+        for model, loss in zip((plain, net), losses):
+            model.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+        close(*({n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in (plain, net)), 1e-5)
+        shapes.add((*batch.tokens.shape, batch.images))
+        made.append(len(graphs))
+    assert len(shapes) == 4 and 0 < made[1] == made[3], made        # whether a size is dynamic shows at the second batch
+    prompts = prepare(samples[:3], answers=False)
+    assert net.generate(prompts, prepare.end, 4) == plain.generate(prompts, prepare.end, 4)
 
 
 if __name__ == "__main__":
