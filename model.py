@@ -113,6 +113,21 @@ def heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In the dtype of x, fp32 in a block, also where FSDP has gathered the weights in bf16."""
+
+    def forward(self, x):
+        weight, bias = self.weight.type_as(x), self.bias.type_as(x)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """See LayerNorm."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 # ---------------------------------------------------------------------------------------- encoder
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -140,8 +155,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         width, inner = c.hidden_size, c.intermediate_size
         self.act, gates = ACTIVATIONS[c.hidden_act], 2 if c.hidden_act == "swiglu" else 1
-        self.layer_norm1 = nn.LayerNorm(width, c.layer_norm_eps)
-        self.layer_norm2 = nn.LayerNorm(width, c.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(width, c.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(width, c.layer_norm_eps)
         self.layer_scale1 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
         self.layer_scale2 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
         self.self_attn = EncoderAttention(c)
@@ -255,8 +270,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         width, inner = c.hidden_size, c.intermediate_size
-        self.input_layernorm = nn.RMSNorm(width, c.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(width, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(width, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(width, inner, bias=False),
                                   "up_proj": nn.Linear(width, inner, bias=False),

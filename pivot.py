@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -221,15 +221,20 @@ def say(text):
 
 
 def shard(model, s, train=True):
-    """FSDP2: a unit per transformer block; embeddings and head, which may be tied, in the root's.
-    One process keeps plain tensors: on a CPU DTensor's bookkeeping would cost more than 5%."""
-    for block in [m for m in model.modules() if isinstance(m, (EncoderLayer, DecoderLayer))]:
+    """FSDP2: a unit per transformer block, gathered in what it computes in; gradients meet in fp32.
+    Embeddings and head, which may be tied, are the root's unit, which stays fp32, as do norms and
+    residuals. One process keeps plain tensors: on a CPU DTensor's bookkeeping would cost over 5%."""
+    half = torch.bfloat16 if s.dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    idle = model.encoder.unused() if model.encoder else ()      # never gathered: the root's, too
+    for block in [m for m in model.modules()
+                  if isinstance(m, (EncoderLayer, DecoderLayer)) and m not in idle]:
+        if s.compile:                       # the code is the same in all blocks: compiled once
+            block.forward = torch.compile(block.forward, dynamic=True)
         if s.checkpointing and train:       # keep a block's input, compute the rest again
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if s.compile:
-            block.compile(dynamic=True)
         if dist.get_world_size() > 1:
-            fully_shard(block)
+            fully_shard(block, mp_policy=policy)
     if dist.get_world_size() > 1:
         fully_shard(model)
     return model
