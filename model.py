@@ -403,8 +403,8 @@ class SigLIP(nn.Module):
         super().__init__()
         self.encoder, self.text = encoder, text
         self.image_head = nn.Linear(2 * encoder.config.hidden_size, text.config.hidden_size)
-        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
-        self.bias = nn.Parameter(torch.tensor(-10.))
+        self.scale = nn.Parameter(torch.tensor([math.log(10.)]))    # FSDP cannot shard scalars
+        self.shift = nn.Parameter(torch.tensor([-10.]))
 
     def forward(self, batch):
         """(samples, samples) logits: row = picture, column = caption."""
@@ -417,7 +417,7 @@ class SigLIP(nn.Module):
         hidden = self.text(x, mask, batch.position)
         text = (hidden * words[..., None]).sum(1) / words.sum(1, keepdim=True)
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        return image @ text.T * self.scale.exp() + self.bias
+        return image @ text.T * self.scale.exp() + self.shift
 
 
 def initialise(module, seed):

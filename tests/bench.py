@@ -4,6 +4,7 @@
     python tests/bench.py --shapes cpu                                 side by side, in alternation
     python tests/bench.py --shapes world --check --lr 2e-4             do they learn the same?
     python tests/bench.py --shapes h200 --dtype bfloat16 --attention sdpa
+    python tests/bench.py --shapes logits                              memory of log-probabilities
 
     sft     our step on the chosen responses
     dpo     our step on pairs, with a cached reference
@@ -256,11 +257,31 @@ def matmul_peak(device, dtype, clock):
 
 def useful_flops(net, pairs, responses):
     """FLOPs of a step: a shared prefix counts once, recomputation not, attention as if dense."""
-    encoder, llm, trains = net.encoder.config, net.llm.config, ("encoder", "projector", "llm")
+    trains, prompt = ("encoder", "projector", "llm"), net.encoder.config.tokens
     targets = [sum(len(pair[k]) for k in responses) for pair in pairs]
-    return sum(probe.flops(encoder, llm, len(net.encoder.used()),
-                           encoder.tokens + len(pair[1]) + n, n, trains)
+    return sum(probe.flops(net, [prompt + len(pair[1]) + n], n, trains, 1)
                for pair, n in zip(pairs, targets))
+
+
+def logits(args, device):
+    """Memory that the log-probabilities take, forward and backward: 8 pairs of 150 + 150 tokens of a
+    vocabulary of 152k. A narrow head, to be quick: its weights and gradient are everybody's."""
+    count, vocabulary, width = 8 * sum(LENGTHS[1:]), 151936, 16
+    llm = m.Decoder(m.LLMConfig(vocabulary, width, width, 0, 1, 1)).to(device)
+    net, zeros = m.MLLM(None, None, llm), torch.zeros(1, count, dtype=torch.long, device=device)
+    target = torch.randint(vocabulary, (count,), device=device)
+    batch = data.Batch(zeros, zeros, zeros, zeros, target, torch.arange(count, device=device),
+                       zeros[0], None, zeros[0, :1], 1, 0)
+    rows = []
+    for name, chunk in ((f"ours, {m.LOGIT_CHUNK} positions at a time", m.LOGIT_CHUNK),
+                        ("all positions at a time", count)):
+        m.LOGIT_CHUNK = chunk
+        with probe.autocast(device, args.dtype):
+            peak = peak_memory(lambda: net(batch).sum().backward(), device)
+        rows.append([name, f"{peak / 1e9:.2f}", "under 1" if not rows else ""])
+    whole = 4e-9 * count * vocabulary
+    print(probe.markdown(["log-probabilities", "peak GB above", "target"], rows))
+    print(f"\n{count} positions, {vocabulary} words: their logits in fp32 are {whole:.2f} GB.")
 
 
 def measure(net, pairs, args, device):
@@ -332,7 +353,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     everyone = ["sft", "dpo", "naive", "trl"]
-    parser.add_argument("--shapes", choices=SHAPES, default="cpu")
+    parser.add_argument("--shapes", choices=[*SHAPES, "logits"], default="cpu",
+                        help="logits: memory of the log-probabilities, nothing else")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="compute in; weights are fp32")
     parser.add_argument("--only", nargs="+", choices=everyone, default=everyone)
@@ -353,6 +375,8 @@ def main():
         versions = [f"torch {torch.__version__}", "no TRL: its row is left out"]
         args.only = [name for name in args.only if name != "trl"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.shapes == "logits":
+        return logits(args, device)
     encoder, llm, count = SHAPES[args.shapes]
     projector = m.Projector(encoder.hidden_size, llm.hidden_size)
     net = m.MLLM(m.Encoder(encoder), projector, m.Decoder(llm))
