@@ -65,7 +65,7 @@ def plan(seeds, grid, sweeps, samples):
         base = f"base-{b}"
         add(base, "probe", base, b, after=[f"{base}/instruct"])
         add(f"{s}", "probe", base, s, after=[f"{s}/sft", f"{s}/dpo", f"{s}-twice/sft"])
-        add(f"{base}-larger", "encoder", f"{base}-larger", b, "--encoder-size", "large")
+        add(f"{base}-larger", "encoder", f"{base}-larger", b, "--encoder-size", "large", after=[f"{base}/instruct"])
         for row, source in PIVOTS.items():
             source = source.format(s=s, b=b)
             add(f"{s}-pivot-{row}", "pivot", base, s, "--encoder", f"{{out}}/{source}/encoder",
@@ -100,7 +100,7 @@ def run(jobs, out, parallel, extra):
         bars = re.findall(r"(\w+): +(\d+%)", log(name).read_text(errors="replace")[-300:])
         return " ".join((name, *(bars[-1] if bars else ())))
 
-    threads = max(1, (os.cpu_count() or 1) // parallel)
+    cores, chain = os.cpu_count() or 1, [j for j in jobs if re.fullmatch(r"base-\d+/(encoder|instruct)", j)]
     waiting, running = [j for j in jobs if not finished(j)], {}
     (out / "logs").mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(waiting), unit="job", dynamic_ncols=True)
@@ -119,6 +119,8 @@ def run(jobs, out, parallel, extra):
             options = [str(o).replace("{out}", str(out)) for o in jobs[name][0]]
             command = [sys.executable, str(ROOT / "pivot.py"), "--runs", str(out), "--name", name.split("/")[0],
                        "--stage", name.split("/")[1], *options, *extra]
+            alone = name in chain and len(chain) == 2           # one base model: all others wait for it
+            threads = cores if alone else max(1, cores // parallel)
             with open(log(name), "w") as file:
                 running[name] = subprocess.Popen(command, stdout=file, stderr=file, env={
                     **os.environ, "OMP_NUM_THREADS": str(threads)}), time.time()
