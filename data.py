@@ -830,7 +830,9 @@ def scan(file):
             end = decode(text, at)[1]
         except (RecursionError, ValueError):        # `parse` will say what is wrong with it
             end = len(text)
-        yield at, text[at:end].encode("latin-1")
+        yield at, text[at:end].encode("latin-1") or b"the array is not closed"
+        if at == len(text):
+            return
         at = end
 
 

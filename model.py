@@ -524,6 +524,9 @@ def read_encoder_config(folder, image_size=None, config=None):
     new = image_size or (side if given else min(side, c.image_size))
     if new < c.patch_size:
         raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than the image size, {new}')
+    if (new // c.patch_size) ** 2 > 1 << 16:
+        raise BadInput(f"{file}: image size {new} with patches of {c.patch_size} makes "
+                       f"{(new // c.patch_size) ** 2} image tokens; this needs at most {1 << 16}")
     p.shortest_edge = p.shortest_edge * new // side
     source = {"config.json": raw | {"image_size": c.image_size}, "names": {}, "rest": {},
               "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
@@ -552,7 +555,7 @@ def read_llm_config(folder):
 
 def weight_files(folder):
     """The safetensors files of a folder: one, or shards."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(filter(Path.is_file, Path(folder).glob("*.safetensors")))
     if not files:
         raise BadInput(f"{folder}: no safetensors there; name a folder with a model in it")
     return files
@@ -676,7 +679,10 @@ def hash_file(path):
 
 def hash_weights(folder):
     """What identifies a checkpoint folder: the hashes of its tensor files."""
-    return [hash_file(file) for file in weight_files(folder)]
+    try:
+        return [hash_file(file) for file in weight_files(folder)]
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be read ({error})") from None
 
 
 def write_json(file, value):

@@ -379,7 +379,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
             dcp.load(resume_state(model, optimizers), checkpoint_id=save,
                      no_dist=dist.get_world_size() == 1)
         except (Exception, dcp.api.CheckpointException) as error:   # a damaged file raises anything
-            raise BadInput(f"{save}: cannot be read ({error!r}); remove it to start again") from None
+            raise BadInput(f"{save}: is damaged ({type(error).__name__}); remove it to start the "
+                           "stage again") from None
     if first():                                 # forget what was logged after the last save
         with writing(log):                      # all of it is whole, the last line perhaps not
             lines = log.read_text().splitlines() if log.exists() else []
@@ -396,7 +397,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
             loss, count, metrics = objective(model, batch)
         weight = 0. if batch.dummy else 1.
         sums = {"loss": loss.detach(), "count": count, "samples": len(batch),
-                "tokens": sum(lengths), "flops": work, "stop": len(stop), **metrics}
+                "tokens": sum(lengths), "flops": work, "stop": len(stop),
+                "no_target": len(batch) - len((batch.response // batch.responses).unique()), **metrics}
         return loss * weight, {k: weight * float(v) for k, v in sums.items()}
 
     def total(parts):
@@ -404,7 +406,7 @@ def train(s, objective, folder, model, steps, held_out, references, device):
         sums = torch.tensor([list(p.values()) for p in parts], dtype=torch.float64).sum(0)
         dist.all_reduce(sums := sums.to(device))
         sums = dict(zip(parts[0], sums.tolist()))
-        means = {k: v / sums["samples"] for k, v in list(sums.items())[6:]}
+        means = {k: v / sums["samples"] for k, v in list(sums.items())[7:]}
         return {"loss": sums["loss"] / max(1, sums["count"]), **means}, sums
 
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, len(steps)),
@@ -427,6 +429,9 @@ def train(s, objective, folder, model, steps, held_out, references, device):
                 raise BadInput(f"{folder}: before the first step policy and reference differ by "
                                f"{drift:.3g} nats: the reference is not the model that trains")
 
+        if lost := [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+            raise BadInput(f"{folder}: {', '.join(lost)[:300]} got no gradient: no loss reaches it")
+
         # gradients of a sum, averaged over ranks by FSDP: make them the step's mean, however split
         torch._foreach_mul_([p.grad for p in trained], dist.get_world_size() / max(1, sums["count"]))
         norm = float(full(torch.nn.utils.clip_grad_norm_(trained, s.clip)))
@@ -441,6 +446,7 @@ def train(s, objective, folder, model, steps, held_out, references, device):
 
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         line = {"step": step, **means, "grad_norm": norm, "lr": s.lr * rate, "skipped": bad,
+                "no_target": int(sums["no_target"]),
                 **meter(sums, seconds, waited, device)}
         if s.eval_every and (step + 1) % s.eval_every == 0:
             with torch.no_grad():
@@ -623,6 +629,8 @@ def run_stage(s, device):
         say("\n".join(report[1:]))
     before = full_state(model) if first() else None
     freeze(model.to(device), row, s.projector_layers)
+    trained = [n for n, p in model.named_parameters()       # noted before anything else can freeze
+               if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)]
 
     # ---- train
 
@@ -659,9 +667,7 @@ def run_stage(s, device):
         bad = sorted({*skipped.read_text().splitlines()})
         report += [f"{len(bad)} bad samples skipped:\n" + "\n".join(bad)]
     if first():
-        probe.check_moved(before, after, [
-            n for n, p in model.named_parameters()
-            if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)])
+        probe.check_moved(before, after, trained)
         has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
         save_model(folder, after, has["encoder"] and model.encoder.config, has["projector"],
                    has["llm"] and model.llm.config, tokenizer, getattr(torch, s.export_dtype))
