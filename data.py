@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import warnings
 from array import array
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ class Tokenizer:
                 self.bare = "'first'" in str(spec["pre_tokenizer"])
                 size = 1 + max(self.fast.get_vocab().values())
             self.special, self.size = ids, max([size, *(i + 1 for i in ids.values())])
+            self.words = size                   # ids that text alone can become
             self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
         except Exception as error:              # the two packages raise whatever they like
             hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
@@ -136,6 +138,14 @@ class Tokenizer:
         ids = [int(i) for i in ids if 0 <= i < self.size and int(i) not in self.special.values()]
         return self.sp.decode(ids) if self.sp else self.fast.decode(ids)
 
+    def check(self, vocab_size, template):
+        """Every id that a sample may get must have a row in the LLM's embedding."""
+        names = {name for text in vars(TEMPLATES[template]).values() for name in PIECES.findall(text)}
+        used = [self.end, *(self.special[name] for name in names & self.special.keys())]
+        if max(self.words - 1, *used) >= vocab_size or min(used) < 0:
+            raise BadInput(f"{self.file}: has ids up to {self.size - 1}, the LLM {vocab_size} of "
+                           "them: it is not this LLM's tokenizer")
+
     def template(self, text, said={}, image=(), inside=False):
         """Token ids of a template's text. said: what people say, for its {names}; image: ids for
         its <image>; inside: a special token goes before. In between, text is encoded as one."""
@@ -155,12 +165,14 @@ class Tokenizer:
     def train(lines, folder, size):
         """Train on `lines`; deterministic. What the lines never had is spelled in bytes."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with open(Path(folder) / "tokenizer.model", "wb") as model:
+        file = Path(folder) / "tokenizer.model"
+        with open(file.with_suffix(".tmp"), "wb") as model:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines), model_writer=model, vocab_size=size, num_threads=1,
                 model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
                 remove_extra_whitespaces=False, control_symbols=["<|im_start|>", "<|im_end|>"],
                 character_coverage=1.0, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
+        os.replace(file.with_suffix(".tmp"), file)
         return Tokenizer(folder)
 
 
@@ -223,6 +235,9 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
             before = prompt if segment and n == prompt else len(columns)
             columns.append((token, segment, target, n, before - 1))
             following[segment] = n + 1
+    if sum(token == IMAGE for token, *_ in columns) < len(image):
+        raise sample.wrong(f"its picture does not fit into {max_length} tokens with the turns "
+                           "before it; raise --max-length or leave the sample out")
     return Row(*map(list, zip(*columns)))
 
 
@@ -312,19 +327,24 @@ class Prepare:
         """(3, H, W) float32, or None. As the image processors of SigLIP (squeezed into a square) or
         CLIP (shortest edge resized, centre cut out); first frame, upright, without alpha."""
         image, c, size = sample.image, self.encoder, self.encoder.image_size
+        edge = c.shortest_edge
         if image is None:
             return None
         try:
-            image = image if isinstance(image, Image.Image) else Image.open(image, formats=PICTURES)
+            with warnings.catch_warnings():     # up to twice its limit Pillow only warns
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = image if isinstance(image, Image.Image) else Image.open(image,
+                                                                                formats=PICTURES)
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":           # 16 bits: Pillow would clip, not scale
                 values = np.asarray(image, np.float32) / 257
                 image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
+            width, height = (edge * n // min(image.size) if edge else size for n in image.size)
+            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"a strip of {image.size}, {(width, height)} when resized")
         except Exception as error:              # Pillow raises whatever it likes
             raise sample.wrong(f"cannot read picture {sample.image} ({error}); mend it") from None
-        edge = c.shortest_edge
-        width, height = (edge * n // min(image.size) if edge else size for n in image.size)
         left, top = (width - size) // 2, (height - size) // 2
         image = image.resize((width, height), c.resample).crop((left, top, left + size, top + size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -360,22 +380,41 @@ def shuffled(step, batch, length, seed):
 
 class Steps(torch.utils.data.Dataset):
     """steps[k] = the micro-batches of this rank for step k. All ranks get equally many; one that
-    runs short gets a dummy of weight zero, because collectives must be called by everyone."""
+    runs short gets a dummy of weight zero, because collectives must be called by everyone.
 
-    def __init__(self, data, prepare, steps, batch, micro, seed, rank=0, world=1):
+    skipped: a file for what is wrong with bad samples; the next one of the data set stands in for
+    each, which depends on the data alone. None: the first bad sample stops the run."""
+
+    def __init__(self, data, prepare, steps, batch, micro, seed, rank=0, world=1, skipped=None):
         self.data, self.prepare, self.steps, self.batch = data, prepare, steps, batch
         self.seed, self.rank, self.world = seed, rank, world
-        self.micro = min(micro, math.ceil(batch / world))
+        self.micro, self.skipped = min(micro, math.ceil(batch / world)), skipped
 
     def __len__(self):
         return self.steps
+
+    def good(self, i):
+        """i, or the next sample that can be prepared."""
+        for i in (k % len(self.data) for k in range(i, i + min(1000, len(self.data)))):
+            try:
+                return self.prepare([self.data[i]]) and i
+            except BadInput as error:
+                with open(self.skipped, "a") as f:      # one short write: ranks may share the file
+                    f.write(f"{error}\n")
+        raise BadInput(f"{self.skipped}: a thousand bad samples in a row, or all of them")
 
     def __getitem__(self, step):
         everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
         for start in range(0, math.ceil(self.batch / self.world), self.micro):
             mine = everyone[self.rank::self.world][start:start + self.micro]
             index = mine or everyone[:1]
-            batches.append(self.prepare([self.data[i] for i in index], index, dummy=not mine))
+            try:
+                batches.append(self.prepare([self.data[i] for i in index], index, not mine))
+            except BadInput:
+                if not self.skipped:
+                    raise
+                index = [self.good(i) for i in index]
+                batches.append(self.prepare([self.data[i] for i in index], index, not mine))
         return batches
 
 
@@ -796,19 +835,22 @@ def scan(file):
             end = decode(text, at)[1]
         except (RecursionError, ValueError):        # `parse` will say what is wrong with it
             end = len(text)
-        yield at, text[at:end].encode("latin-1")
+        yield at, text[at:end].encode("latin-1") or b"the array is not closed"
+        if at == len(text):
+            return
         at = end
 
 
 class Records:
     """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names. They
     are found once, then read one at a time through an index that is mapped into memory, rows of 4
-    8-byte words: a hash of the files' sizes and times; one of their lines; the numbers of samples
-    left out and of pairs; then for every sample its file, number, first byte and length.
-    preferences: have the samples a rejected answer? left_out: {reason: how many}"""
+    8-byte words: a hash of the files' sizes and times; one of their lines; numbers of samples, see
+    `build`, in two rows; then for every sample its file, number, first byte and length.
+    preferences: have the samples a rejected answer? left_out, suspect: {reason: how many}
+    skip: records that cannot be read stay in, and are an error only when they are asked for"""
 
-    def __init__(self, file, image_root=None):
-        self.file, folder = Path(file), Path(file).absolute().parent
+    def __init__(self, file, image_root=None, skip=False):
+        self.file, folder, self.skip = Path(file), Path(file).absolute().parent, skip
         bases = [Path(base).absolute() for base in (image_root, folder, folder.parent) if base]
         meta = {self.file.stem: {"annotation": self.file.absolute(), "root": bases[0]}}
         try:
@@ -819,15 +861,16 @@ class Records:
                 [base / part[key] for base in bases if (base / part[key]).exists()][0])
                 for key in ("annotation", "root"))] for kind, part in meta.items()]
             stats = [os.stat(path) for _, path, _ in self.parts]
-            stamp = repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+            stamp = repr([2, *((s.st_size, s.st_mtime_ns) for s in stats)]).encode()
             stamp = hashlib.sha256(stamp).digest()
             if not (folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK)):  # root may
                 folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
                 folder.mkdir(parents=True, exist_ok=True)
             index = folder / f"{self.file.name}.index"
-            if not index.exists() or np.fromfile(index, "u8", 4).tobytes() != stamp:
+            known = np.fromfile(index, "u8", 14) if index.exists() else []
+            if len(known) < 14 or known[:4].tobytes() != stamp or known[13] and not skip:
                 part = folder / f"{index.name}.{os.urandom(4).hex()}.part"
-                header, found = self.build()
+                header, found = self.build(skip)
                 with open(part, "wb") as out:
                     out.write(stamp + header)
                     found.tofile(out)
@@ -836,25 +879,44 @@ class Records:
         except (OSError, *WRONG) as error:
             raise BadInput(f"{file}: cannot be read, or a file that it names is nowhere below "
                            f"{bases[0]} ({error!r}); is --image-root right?") from None
-        self.digest, self.rows, self.preferences = rows[1].tobytes(), rows[3:], bool(rows[2, 1])
+        self.digest, self.rows, self.preferences = rows[1].tobytes(), rows[4:], bool(rows[2, 1])
         self.left_out = {"several pictures": int(rows[2, 0])}
+        self.suspect = dict(zip(("have the same chosen and rejected response", "have an empty "
+                                 "response", "are there before"), map(int, rows[2:4].flat[2:5])))
 
-    def build(self):
-        """Find all samples. Each is parsed, so that training does not stop at a bad one."""
-        digest, rows, several, pairs = hashlib.sha256(), array("Q"), 0, 0
+    def build(self, skip):
+        """Find all samples. Each is parsed, so that training does not stop at a bad one. Returns
+        the header's two rows of numbers with the lines' hash, and the rows of the samples."""
+        digest, rows, several, pairs, same, empty, bad = hashlib.sha256(), array("Q"), 0, 0, 0, 0, 0
+        contents = array("Q")                           # a hash of each sample, to find it again
         for part, (kind, file, _) in enumerate(self.parts):
             bar = tqdm(scan(file), f"{file}: index, only once", unit="", leave=False, disable=None)
             for number, (start, text) in enumerate(bar, 1):
                 digest.update(text)
                 if text.strip():
-                    sample = parse(text, number, kind, file)
+                    try:
+                        sample = parse(text, number, kind, file)
+                    except BadInput:
+                        if not skip:
+                            raise
+                        rows.extend((part, number, start, len(text)))
+                        bad += 1
+                        continue
                     several += sample is None
-                    pairs += sample is not None and sample.rejected is not None
-                    rows.extend((part, number, start, len(text)) if sample else ())
-        if not rows or pairs not in (0, len(rows) // 4):
+                    if sample:
+                        rows.extend((part, number, start, len(text)))
+                        answer, worse = sample.turns[-1][1], sample.rejected
+                        pairs += worse is not None
+                        same += answer == worse
+                        empty += not answer.strip() or worse is not None and not worse.strip()
+                        content = repr((kind, sample.image, sample.turns, worse)).encode()
+                        contents.frombytes(hashlib.blake2b(content, digest_size=8).digest())
+        if len(rows) // 4 <= bad or pairs not in (0, len(rows) // 4 - bad):
             raise BadInput(f"{self.file}: {len(rows) // 4 or 'no'} samples, {pairs} of them with "
                            f"\"rejected\", {several} left out: give some, with it in all or none")
-        return digest.digest() + array("Q", [several, pairs, 0, 0]).tobytes(), rows
+        twice = len(contents) - len(np.unique(contents))
+        numbers = several, pairs, same, empty, twice, bad, 0, 0
+        return digest.digest() + array("Q", numbers).tobytes(), rows
 
     def __len__(self):
         return len(self.rows)
@@ -877,8 +939,16 @@ class Records:
         """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
         whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
         order, limit = permutation(len(self), seed).tolist(), max_prompt_chosen
-        fitting = (i for i in tqdm(order, "selecting", leave=False, disable=None) if not limit or
-                   len(prepare.row(replace(self[i], rejected=None), 1 << 30).tokens) <= limit)
+
+        def fits(i):
+            try:
+                return len(prepare.row(replace(self[i], rejected=None), 1 << 30).tokens) <= limit
+            except BadInput:
+                if not self.skip:
+                    raise
+
+        fitting = (i for i in tqdm(order, "selecting", leave=False, disable=None)
+                   if not limit or fits(i))
         kept = [i for _, i in zip(range(take or len(order)), fitting)]
         if not kept:
             raise BadInput(f"{self.file}: no sample has at most {limit} tokens")

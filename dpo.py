@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import CHOSEN, REJECTED
+from model import writing
 
 
 def dpo_loss(logps, ref, beta, variant="dpo"):
@@ -76,9 +78,15 @@ def cached(reference, steps, file, identity, device):
         if dist.get_world_size() > 1:
             dist.all_reduce(table, dist.ReduceOp.MAX)
         if first:
-            save_file({"logps": table.cpu()}, file.with_suffix(".tmp"), {"key": key})
-            os.replace(file.with_suffix(".tmp"), file)
+            with writing(file):
+                save_file({"logps": table.cpu()}, file.with_suffix(".tmp"), {"key": key})
+                os.replace(file.with_suffix(".tmp"), file)
     table = table.to(device)
+    seen = table[table.isfinite().all(1)]
+    prefers = (seen[:, CHOSEN] > seen[:, REJECTED]).float().mean()
+    if first and len(seen) >= 100 and prefers < .35:
+        print(f"warning: the reference prefers the chosen response of only {prefers:.0%} of the "
+              "pairs: are chosen and rejected swapped, or the chosen ones longer?", file=sys.stderr)
     return lambda batch: table[batch.index]
 
 

@@ -4,6 +4,7 @@ they make; and the folders that they are kept in.
 Modules and parameters carry the names of Hugging Face's checkpoints (SigLIP's vision model; Qwen2's
 and Llama's decoder), so that loading is load_state_dict and what we save opens there.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -538,6 +539,9 @@ def read_encoder_config(folder, image_size=None, config=None):
     new = image_size or (side if given else min(side, c.image_size))
     if new < c.patch_size:
         raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than the image size, {new}')
+    if (new // c.patch_size) ** 2 > 1 << 16:
+        raise BadInput(f"{file}: image size {new} with patches of {c.patch_size} makes "
+                       f"{(new // c.patch_size) ** 2} image tokens; this needs at most {1 << 16}")
     p.shortest_edge = p.shortest_edge * new // side
     source = {"config.json": raw | {"image_size": c.image_size}, "names": {}, "rest": {},
               "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
@@ -566,7 +570,7 @@ def read_llm_config(folder):
 
 def weight_files(folder):
     """The safetensors files of a folder: one, or shards."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(filter(Path.is_file, Path(folder).glob("*.safetensors")))
     if not files:
         raise BadInput(f"{folder}: no safetensors there; name a folder with a model in it")
     return files
@@ -673,6 +677,16 @@ def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None
         lambda: Projector(*widths), projector, open_tensors(projector, "model.mm_projector.")), llm)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Around what writes: a full disk, or a place that is not ours, is one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be written ({error}); what was there is whole: make room "
+                       "and start the same command again") from None
+
+
 def hash_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -680,31 +694,39 @@ def hash_file(path):
 
 def hash_weights(folder):
     """What identifies a checkpoint folder: the hashes of its tensor files."""
-    return [hash_file(file) for file in weight_files(folder)]
+    try:
+        return [hash_file(file) for file in weight_files(folder)]
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be read ({error})") from None
 
 
 def write_json(file, value):
     """Write beside the file and rename: it is whole or absent."""
     temporary = Path(file).with_name(Path(file).name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, file)
+    with writing(file):
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(temporary, file)
 
 
 def save_folder(folder, tensors, files, copies, dtype):
     """One checkpoint folder: model.safetensors, JSON files, copies of others. Whole or absent."""
     folder, stored = Path(folder), str(dtype).removeprefix("torch.")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
-               for k, v in tensors.items()}, temporary / "model.safetensors", {"format": "pt"})
-    for name, value in files.items():
-        own = {"dtype": stored, "torch_dtype": stored} if name == "config.json" else {}
-        write_json(temporary / name, value | own)
-    for file in copies:
-        shutil.copy(file, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    temporary, old = (folder.with_name(f"{folder.name}.{end}") for end in ("tmp", "old"))
+    with writing(folder):
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+                   for k, v in tensors.items()}, temporary / "model.safetensors", {"format": "pt"})
+        for name, value in files.items():
+            own = {"dtype": stored, "torch_dtype": stored} if name == "config.json" else {}
+            write_json(temporary / name, value | own)
+        for file in copies:
+            shutil.copy(file, temporary)
+        if folder.exists():                     # not removed in place: that takes a while
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def encoder_folder(c, state):

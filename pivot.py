@@ -37,7 +37,7 @@ from data import TEMPLATES, BadInput
 from dpo import cached, dpo_objective, frozen, reference_logps, sampled_pairs
 from model import (MLLM, Decoder, DecoderLayer, Encoder, EncoderConfig, EncoderLayer, LLMConfig,
                    Projector, SigLIP, export_llava, hash_file, hash_weights, initialise, load_model,
-                   read_encoder_config, read_llm_config, save_model, write_json)
+                   read_encoder_config, read_llm_config, save_model, write_json, writing)
 from sft import sft_objective
 
 
@@ -121,6 +121,8 @@ class Settings:
     take: int = option(None, "so many samples of --data, after a seeded shuffle")
     max_prompt_chosen: int = option(None, "leave out samples of --data with more tokens than this in "
                                     "prompt and chosen answer")
+    on_bad_sample: str = option("stop", "of --data, which cannot be read or is too long: stop, or "
+                                "skip it and say at the end which ones", ["stop", "skip"])
     samples: int = option(None, "distinct samples of the world")
     wording: str = option("free", "the world's descriptions: free wording or one", ["free", "terse"])
     errors: float = option(.2, "share of the world's chosen descriptions with an error of their own")
@@ -175,8 +177,9 @@ SHARED = ("runs", "preset", "seed", "wording", "encoder_config", "image_size", "
           "llm_size", "max_length", "template", "select_layer", "dtype", "workers", "eval_scenes")
 # may change between a run and its continuation; settings that name files count by their content
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "questions",
-        "image_root", "micro_batch", "workers", "save_every", "eval_every", "image", "question",
-        "model", "export", "checkpointing", "compile", "dry_run", "gpus", "utilisation")
+        "image_root", "on_bad_sample", "micro_batch", "workers", "save_every", "eval_every",
+        "image", "question", "model", "export", "checkpointing", "compile", "dry_run", "gpus",
+        "utilisation")
 
 
 def resolve(s):
@@ -324,16 +327,22 @@ def save_resume(folder, step, model, optimizers):
             shutil.rmtree(path)
 
 
-def finished(folder):
+def read_settings(folder):
     file = folder / "settings.json"
-    return file.exists() and json.loads(file.read_text()).get("finished", False)
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: cannot be read ({error}); restore it, or remove {folder}") from None
+
+
+def finished(folder):
+    return read_settings(folder).get("finished", False)
 
 
 def same_or_refuse(folder, settings):
     """True if this very run is finished, False if it is new or unfinished; an error if another is
     there under its name."""
-    file = folder / "settings.json"
-    old = json.loads(file.read_text()) if file.exists() else {}
+    old = read_settings(folder)
     for key, value in settings.items():
         if old and old.get(key) != json.loads(json.dumps(value)):
             raise BadInput(f"{folder}: was made with {key} = {old.get(key)}, now {value}; choose "
@@ -370,14 +379,19 @@ def train(s, objective, folder, model, steps, held_out, references, device):
     trains = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
     stop = []                                    # a signal asks: finish the step, save, leave
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(1))
+    handlers = {number: signal.signal(number, lambda *_: stop.append(1))
+                for number in (signal.SIGTERM, signal.SIGINT)}
     for start, save in saves(folder)[-1:]:
-        dcp.load(resume_state(model, optimizers), checkpoint_id=save,
-                 no_dist=dist.get_world_size() == 1)
+        try:
+            dcp.load(resume_state(model, optimizers), checkpoint_id=save,
+                     no_dist=dist.get_world_size() == 1)
+        except (Exception, dcp.api.CheckpointException) as error:   # a damaged file raises anything
+            raise BadInput(f"{save}: is damaged ({type(error).__name__}); remove it to start the "
+                           "stage again") from None
     if first():                                 # forget what was logged after the last save
-        lines = log.read_text().splitlines() if log.exists() else []
-        log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
+        with writing(log):                      # all of it is whole, the last line perhaps not
+            lines = log.read_text().splitlines() if log.exists() else []
+            log.write_text("".join(f"{line}\n" for line in lines[:start]))
 
     def forward(batch, reference):
         """Loss summed over a micro-batch; numbers to add up over micro-batches and ranks."""
@@ -390,7 +404,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
             loss, count, metrics = objective(model, batch)
         weight = 0. if batch.dummy else 1.
         sums = {"loss": loss.detach(), "count": count, "samples": len(batch),
-                "tokens": sum(lengths), "flops": work, "stop": len(stop), **metrics}
+                "tokens": sum(lengths), "flops": work, "stop": len(stop),
+                "no_target": len(batch) - len((batch.response // batch.responses).unique()), **metrics}
         return loss * weight, {k: weight * float(v) for k, v in sums.items()}
 
     def total(parts):
@@ -398,7 +413,7 @@ def train(s, objective, folder, model, steps, held_out, references, device):
         sums = torch.tensor([list(p.values()) for p in parts], dtype=torch.float64).sum(0)
         dist.all_reduce(sums := sums.to(device))
         sums = dict(zip(parts[0], sums.tolist()))
-        means = {k: v / sums["samples"] for k, v in list(sums.items())[6:]}
+        means = {k: v / sums["samples"] for k, v in list(sums.items())[7:]}
         return {"loss": sums["loss"] / max(1, sums["count"]), **means}, sums
 
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, len(steps)),
@@ -415,6 +430,14 @@ def train(s, objective, folder, model, steps, held_out, references, device):
             loss.backward()
             parts.append(sums)
         means, sums = total(parts)
+        if step == 0 and references[0]:             # rewards are beta * (logps - ref): zero so far
+            drift = max(abs(means["chosen"]), abs(means["rejected"])) / s.beta
+            if drift > {"float32": .01, "bfloat16": 1.}[s.dtype]:
+                raise BadInput(f"{folder}: before the first step policy and reference differ by "
+                               f"{drift:.3g} nats: the reference is not the model that trains")
+
+        if lost := [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+            raise BadInput(f"{folder}: {', '.join(lost)[:300]} got no gradient: no loss reaches it")
 
         # gradients of a sum, averaged over ranks by FSDP: make them the step's mean, however split
         torch._foreach_mul_([p.grad for p in trained], dist.get_world_size() / max(1, sums["count"]))
@@ -430,13 +453,14 @@ def train(s, objective, folder, model, steps, held_out, references, device):
 
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         line = {"step": step, **means, "grad_norm": norm, "lr": s.lr * rate, "skipped": bad,
+                "no_target": int(sums["no_target"]),
                 **meter(sums, seconds, waited, device)}
         if s.eval_every and (step + 1) % s.eval_every == 0:
             with torch.no_grad():
                 line["held_out"] = total([forward(batch, references[1])[1] for k in
                                           range(len(held_out)) for batch in held_out[k]])[0]
         if first():
-            with open(log, "a") as f:
+            with writing(log), open(log, "a") as f:
                 f.write(json.dumps(line) + "\n")
             bar.set_postfix_str(f"loss {means['loss']:.3f}, {line['samples_per_s']:.0f} samples/s, "
                                 f"{line['tflops']:.2g} TFLOP/s", refresh=False)
@@ -450,6 +474,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
         if sums["stop"] and step + 1 < len(steps):
             raise Stopped(f"{folder}: stopped after step {step + 1} of {len(steps)}, all saved; the "
                           "same command goes on from there")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------- one stage
@@ -491,7 +517,7 @@ def training_data(s, row):
     if not s.data and not row.content:
         raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
     if s.data:
-        return data.Records(s.data, s.image_root)
+        return data.Records(s.data, s.image_root, s.on_bad_sample == "skip")
     split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
     return data.World(row.content, split, s.samples, s.wording, s.errors, first=s.seed * 1_000_000)
 
@@ -565,6 +591,8 @@ def run_stage(s, device):
     encoder = (read_encoder_config(parts["encoder"], s.image_size, s.encoder_config)
                if "encoder" in parts else world_encoder(s))
     s = replace(s, template=s.template or default_template(s, parts))
+    if "llm" in parts:
+        tokenizer.check(read_llm_config(parts["llm"]).vocab_size, s.template)
     prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
                            responses=2 if row.objective == "dpo" else 1,
                            pack=row.objective != "contrastive")
@@ -601,8 +629,15 @@ def run_stage(s, device):
                            s.seed, s.image_size, s.encoder_config)
     if s.projector_layers and s.stage == "pivot-align":
         initialise(model.projector[2], s.seed)          # the second layer is fresh
+    report = [f"# {s.name}/{s.stage}", *(
+        f"warning: {count} of {len(dataset)} samples of {dataset.file} {what}"
+        for what, count in getattr(dataset, "suspect", {}).items() if count)]
+    if len(report) > 1:
+        say("\n".join(report[1:]))
     before = full_state(model) if first() else None
     freeze(model.to(device), row, s.projector_layers)
+    trained = [n for n, p in model.named_parameters()       # noted before anything else can freeze
+               if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)]
 
     # ---- train
 
@@ -612,7 +647,8 @@ def run_stage(s, device):
     def in_steps(samples, epochs=1, steps=None):
         steps = steps or math.ceil(epochs * len(samples) / s.batch)
         return data.Steps(samples, prepare, steps, s.batch, s.micro_batch, s.seed,
-                          dist.get_rank(), dist.get_world_size())
+                          dist.get_rank(), dist.get_world_size(),
+                          folder / "skipped.txt" if s.on_bad_sample == "skip" else None)
 
     pairs, held_out = held_out, held_out if s.eval_every else None
     references = None, None
@@ -633,11 +669,12 @@ def run_stage(s, device):
           held_out and in_steps(held_out), references, device)
 
     # ---- the folders it leaves, and its tables
-    after, report = full_state(model), [f"# {s.name}/{s.stage}"]
+    after, skipped = full_state(model), folder / "skipped.txt"
+    if skipped.exists():                            # ranks and workers wrote it, perhaps twice
+        bad = sorted({*skipped.read_text().splitlines()})
+        report += [f"{len(bad)} bad samples skipped:\n" + "\n".join(bad)]
     if first():
-        probe.check_moved(before, after, [
-            n for n, p in model.named_parameters()
-            if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)])
+        probe.check_moved(before, after, trained)
         has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
         save_model(folder, after, has["encoder"] and model.encoder.config, has["projector"],
                    has["llm"] and model.llm.config, tokenizer, getattr(torch, s.export_dtype))
@@ -767,11 +804,16 @@ def chat(s, device):
     at = Path(s.model) if s.model else found[0] if found else home / "dpo"
     if not (at / "llm").is_dir():
         raise BadInput(f"{at}: no model there yet; run --stage dpo first, or name one with --model")
-    if (at / "settings.json").exists():         # speak to it as it was trained
-        made = json.loads((at / "settings.json").read_text())
-        s = replace(s, **{k: made[k] for k in ("template", "select_layer", "max_length")})
+    made = read_settings(at)                    # speak to it as it was trained
+    for key, known in (("template", list(TEMPLATES)), ("select_layer", range(-999, 1)),
+                       ("max_length", range(1, 1 << 24))):
+        if key in made and made[key] not in known:
+            raise BadInput(f"{at / 'settings.json'}: {key} is {made[key]}")
+        s = replace(s, **{key: made.get(key, getattr(s, key))})
+    s = replace(s, template=s.template or data.choose_template(at / "llm"))
     model = load_model(at / "encoder", at / "projector", at / "llm", s.select_layer).to(device)
     tokenizer = data.Tokenizer(at / "llm")
+    tokenizer.check(model.llm.config.vocab_size, s.template)
     prepare = data.Prepare(tokenizer, s.template, model.encoder.config, s.max_length, responses=1)
     for question in [s.question] if s.question else map(str.strip, sys.stdin):
         image = Path(s.image) if s.image else None
@@ -806,8 +848,8 @@ def main(argv=None):
         s = resolve(asked)
         (dry_run if s.dry_run else
          {"chat": chat, "probe": run_probe}.get(s.stage, run_stage))(s, device)
-    except (BadInput, Stopped) as error:
-        print(f"pivot: {error}", file=sys.stderr)
+    except (BadInput, Stopped, KeyboardInterrupt) as error:
+        print(f"pivot: {str(error) or 'interrupted; the same command goes on'}", file=sys.stderr)
         sys.exit(1 if isinstance(error, BadInput) else 143)
     finally:
         dist.destroy_process_group()
