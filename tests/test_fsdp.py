@@ -4,6 +4,7 @@ This file is also the program that torchrun starts: python test_fsdp.py FOLDER N
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -65,7 +66,7 @@ def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, s
     def loss_of(*arguments):
         calls.append(1)
         if stop and len(calls) == (STOP - 1) * len(steps[0]) + 1:
-            os.kill(os.getpid(), 15)
+            os.kill(os.getpid(), signal.SIGTERM)
         return (sft_objective if objective == "sft" else dpo_objective)(*arguments)
 
     def clip(parameters, most, honest=torch.nn.utils.clip_grad_norm_):
@@ -81,6 +82,7 @@ def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, s
         honest(state, **options)
         kept["saved"] = {k: pivot.full(v).detach().clone() for k, v in state.items()}
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     patch = pytest.MonkeyPatch()
     patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     patch.setattr(pivot.dcp, "load", load)
@@ -95,6 +97,8 @@ def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, s
         assert stop
     finally:
         patch.undo()
+        for number, handler in handlers.items():        # pytest's own
+            signal.signal(number, handler)
     kept["weights"] = pivot.full_state(net)
     if dist.get_rank() == 0:
         kept["log"] = [json.loads(line) for line in (home / "log.jsonl").read_text().splitlines()]
