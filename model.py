@@ -535,7 +535,8 @@ def read_encoder_config(folder, image_size=None, config=None):
                   [*v.values()][0]                  # a number, or a dict that repeats one
                   for v in (size, (pixels.get("crop_size") or c.image_size) if crop else size))
     p = checked(EncoderConfig, pixel_file, pixels | {
-        "shortest_edge": edge if crop else 0, "image_size": side}, resample=range(6))
+        "shortest_edge": edge if crop else 0, "image_size": side}, ["image_size"],
+        resample=range(6))
     new = image_size or (side if given else min(side, c.image_size))
     if new < c.patch_size:
         raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than the image size, {new}')

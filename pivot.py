@@ -319,7 +319,8 @@ def save_resume(folder, step, model, optimizers):
         dcp.save(resume_state(model, optimizers), checkpoint_id=final.with_suffix(".tmp"),
                  no_dist=dist.get_world_size() == 1)
     except (OSError, dcp.api.CheckpointException) as error:
-        raise BadInput(f"{final}: cannot be saved ({error}); the save before it is whole: make room "
+        error = [e for e, _ in getattr(error, "failures", {0: (error, 0)}).values()][0]
+        raise BadInput(f"{final}: cannot be saved ({str(error):.300}); the save before it is whole: make room "
                        "and start the same command again") from None
     if first():
         os.replace(final.with_suffix(".tmp"), final)
@@ -343,6 +344,7 @@ def same_or_refuse(folder, settings):
     """True if this very run is finished, False if it is new or unfinished; an error if another is
     there under its name."""
     old = read_settings(folder)
+    old, settings = (d.get("inputs", {}) | d for d in (old, settings))      # each by its own name
     for key, value in settings.items():
         if old and old.get(key) != json.loads(json.dumps(value)):
             raise BadInput(f"{folder}: was made with {key} = {old.get(key)}, now {value}; choose "
@@ -602,6 +604,8 @@ def run_stage(s, device):
     for d in (dataset, held_out):
         if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
             raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
+    if s.eval_every and not held_out:
+        raise BadInput("--eval-every: needs held-out samples; name a file with --eval-data")
     if s.take or s.max_prompt_chosen:
         dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
     settings["inputs"] = {"data": dataset.fingerprint(), "tokenizer": hash_file(tokenizer.file),

@@ -330,7 +330,7 @@ def test_on_bad_sample_skip(tiny, tmp_path, capsys):
     os.truncate(tmp_path / "cut.png", 40)
     good = [{"id": f"s{i}", **PAIR, "image": f"{i % 4}.png"} for i in range(12)]
     good[3]["image"], good[7]["question"], good[9]["image"] = "cut.png", "long " * 5000, "../out.png"
-    write_rows(tmp_path / "bad.jsonl", [*good, {"image": 3}])
+    write_rows(tmp_path / "bad.jsonl", [*good, {**PAIR, "image": 3}])
     base = options(tmp_path, "--steps", 5, "--lr", 1e-3, "--encoder-lr", 1e-3, data="bad.jsonl")
     assert main(*base) == 1 and "bad.jsonl: sample 13: 'int'" in capsys.readouterr().err
     skip, weights = [*base, "--on-bad-sample", "skip"], []
