@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import IMAGE, BadInput
 
 LOGIT_CHUNK = 256       # target positions whose logits exist at the same time
+FLEX = torch.compile(flex_attention, dynamic=True)      # at first use; once, not once per length
 
 
 @dataclass
@@ -93,12 +95,28 @@ def additive(mask):
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, hidden)
 
 
+def mask_of(batch, blocks):
+    """Who sees whom in a batch: bool (rows, 1, length, length); or a BlockMask, by which the kernel
+    skips what nobody sees."""
+    sample, segment, (rows, length) = batch.sample, batch.segment, batch.tokens.shape
+
+    def see(b, head, i, j):
+        return visible(sample[b, i], segment[b, i], i, sample[b, j], segment[b, j], j)
+
+    if blocks:
+        return create_block_mask(see, rows, None, length, length, sample.device)
+    row, column = (torch.arange(n, device=sample.device) for n in (rows, length))
+    return see(row[:, None, None], None, column[:, None], column)[:, None]
+
+
 def attend(q, k, v, mask=None):
     """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: see `additive`,
-    (B, 1, T, S) -> (B, heads, T, d).
+    (B, 1, T, S) -> (B, heads, T, d). With a BlockMask k and v may have fewer heads.
 
     In bf16 on a CPU it is written out: the fused kernel takes 1.7 (936 tokens) to 10 times (36
     tokens) as long."""
+    if isinstance(mask, BlockMask):
+        return FLEX(q, k, v, block_mask=mask, enable_gqa=True)
     mask = mask if mask is None else mask.type_as(q)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, mask)
@@ -259,7 +277,7 @@ class Attention(nn.Module):
         if past is not None:
             k, v = (torch.cat(pair, 2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
             past[:] = k, v
-        if self.kv < self.n:
+        if self.kv < self.n and not isinstance(mask, BlockMask):
             k, v = (t.repeat_interleave(self.n // self.kv, 1) for t in (k, v))
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
@@ -302,9 +320,9 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(self, x, mask, position, past=None):
-        """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T)
+        """x: (B, T, width) embeddings, mask: see mask_of, position: (B, T)
         -> (B, T, width), normed. past: a list with one list per layer, see Attention."""
-        c, mask = self.config, additive(mask)
+        c, mask = self.config, mask if isinstance(mask, BlockMask) else additive(mask)
         f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=x.device) / c.head_dim)
         if c.factor:        # Llama 3 slows down what hardly turned within its first pretraining
             turns = c.original_max_position_embeddings * f / (2 * math.pi)
@@ -354,10 +372,8 @@ class MLLM(nn.Module):
 
         Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes
         each chunk again."""
-        column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        keys = batch.sample[:, None], batch.segment[:, None], column
-        mask = visible(batch.sample[..., None], batch.segment[..., None], column[:, None], *keys)
-        hidden = self.llm(self.embed(batch), mask[:, None], batch.position)
+        blocks = batch.tokens.is_cuda and torch.is_autocast_enabled("cuda")     # FlexAttention
+        hidden = self.llm(self.embed(batch), mask_of(batch, blocks), batch.position)
         hidden, head, logps = hidden.flatten(0, 1)[batch.source], self.llm.head(), []
         for h, target in zip(hidden.split(LOGIT_CHUNK), batch.target.split(LOGIT_CHUNK)):
             logps.append(checkpoint(token_logps, h, head, target, use_reentrant=False))
