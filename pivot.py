@@ -225,8 +225,9 @@ def say(text):
 
 def shard(model, s, train=True):
     """FSDP2: a unit per transformer block, gathered in what it computes in; gradients meet in fp32.
-    Embeddings and head, which may be tied, are the root's unit, which stays fp32, as do norms and
-    residuals. One process keeps plain tensors: on a CPU DTensor's bookkeeping would cost over 5%."""
+    Embeddings and head, which may be tied, are the root's unit, which stays fp32, as do residuals
+    and the arithmetic of norms. One process keeps plain tensors: on a CPU DTensor's bookkeeping costs more
+    than 5%."""
     half = torch.bfloat16 if s.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     idle = model.encoder.unused() if model.encoder else ()      # never gathered: the root's, too
