@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import SIDE, World  # noqa: E402
 
-ZOOM, GAP, COLUMNS, TEXT = 4, 16, 5, 92
+ZOOM, GAP, COLUMNS, TEXT = 4, 16, 5, 148
 KINDS = ["color", "spot", "corners", "beside", "object", "exist", "texture", "complement", "count", "where"]
 
 
