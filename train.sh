@@ -67,6 +67,6 @@ paper)
     done
     ;;
 *)
-    python tests/study.py --out runs/world "$@"
+    python tests/study.py --out runs --name world "$@"
     ;;
 esac

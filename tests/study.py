@@ -29,60 +29,65 @@ SAMPLES = [512, 1024, 2048]                            # beside the default numb
 SETTINGS = {    # one departure from the defaults each
     "terse": ["--wording", "terse"], "perfect": ["--errors", "0"], "drawn": ["--pairs", "drawn"],
     "sampled": ["--pairs", "sampled"]}
-PIVOTS = {"original": "base-{b}/encoder", "base": "base-{b}/instruct", "sft": "{s}/sft", "dpo": "{s}/dpo",
-          "larger": "base-{b}-larger/encoder"}
+PIVOTS = {"original": "{b}/encoder", "base": "{b}/instruct", "sft": "{s}/sft", "dpo": "{s}/dpo",
+          "larger": "{b}-larger/encoder"}
 
 
-def plan(seeds, grid, sweeps, samples):
-    """{name/stage: (options of pivot.py, names that it waits for)}, in the order in which to start them."""
-    jobs, numbers = {}, range(seeds[0], seeds[0] + seeds[1])
-    bases = {s: numbers[i % min(2, seeds[1])] for i, s in enumerate(numbers)}
+def runs_of(first, seeds, name):
+    """({run of a seed: run of its base model}, {run: seed}). name: one run for both, of the one seed."""
+    numbers = range(first, first + seeds)
+    if name:
+        return {name: name}, {name: first}
+    bases = {str(s): f"base-{numbers[i % min(2, seeds)]}" for i, s in enumerate(numbers)}
+    return bases, {run: int(run.split("-")[-1]) for run in (*bases, *bases.values())}
 
-    def add(name, stage, base, seed, *options, after=()):
-        jobs.setdefault(f"{name}/{stage}", (["--base", base, "--seed", seed, *options], list(after)))
+
+def plan(bases, number, grid, sweeps, samples):
+    """{run/stage: (options of pivot.py, jobs that it waits for)}, in the order in which to start them."""
+    jobs = {}
+
+    def add(run, stage, base, seed, *options, after=()):
+        jobs.setdefault(f"{run}/{stage}", (["--base", base, "--seed", number[seed], *options], list(after)))
 
     def chain(base, seed, *options):
         add(base, "encoder", base, seed, *options)
         add(base, "instruct", base, seed, *options, after=[f"{base}/encoder"])
 
-    def both(name, base, seed, *options):
+    def both(run, base, seed, *options):
         for stage in ("sft", "dpo"):
-            add(name, stage, base, seed, *options, after=[f"{base}/instruct"] + [f"{name}/sft"] * (stage == "dpo"))
+            add(run, stage, base, seed, *options, after=[f"{base}/instruct"] + [f"{run}/sft"] * (stage == "dpo"))
 
-    for b in sorted(set(bases.values())):
-        chain(f"base-{b}", b)
+    for b in dict.fromkeys(bases.values()):
+        chain(b, b)
     if grid:
         for s, b in bases.items():
             for rate in GRID:
-                both(f"{s}-{rate}", f"base-{b}", s, "--lr", rate, "--encoder-lr", rate)
+                both(f"{s}-{rate}", b, s, "--lr", rate, "--encoder-lr", rate)
         return jobs
     for s, b in bases.items():
-        base = f"base-{b}"
-        both(f"{s}", base, s)
-        add(f"{s}-twice", "sft", base, s, "--samples", 2 * samples, "--steps", samples // 16,
-            after=[f"{base}/instruct"])
+        both(s, b, s)
+        add(f"{s}-twice", "sft", b, s, "--samples", 2 * samples, "--steps", samples // 16, after=[f"{b}/instruct"])
     for s, b in bases.items():
-        base = f"base-{b}"
-        add(base, "probe", base, b, after=[f"{base}/instruct"])
-        add(f"{s}", "probe", base, s, after=[f"{s}/sft", f"{s}/dpo", f"{s}-twice/sft"])
-        add(f"{base}-larger", "encoder", f"{base}-larger", b, "--encoder-size", "large", after=[f"{base}/instruct"])
+        add(f"{b}-larger", "encoder", f"{b}-larger", b, "--encoder-size", "large", after=[f"{b}/instruct"])
+        add(s, "probe", b, s, after=[f"{s}/sft", f"{s}/dpo", f"{s}-twice/sft", f"{b}-larger/encoder"])
+        add(b, "probe", b, b, after=[f"{b}/instruct", f"{b}-larger/encoder"])
         for row, source in PIVOTS.items():
             source = source.format(s=s, b=b)
-            add(f"{s}-pivot-{row}", "pivot", base, s, "--encoder", f"{{out}}/{source}/encoder",
-                after=[source, f"{base}/instruct"])
+            add(f"{s}-pivot-{row}", "pivot", b, s, "--encoder", f"{{out}}/{source}/encoder",
+                after=[source, f"{b}/instruct"])
     if sweeps:
         s, b = next(iter(bases.items()))
         for n in SAMPLES:
-            both(f"{s}-n{n}", f"base-{b}", s, "--samples", n, "--steps", n // 32)
+            both(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // 32)
         for name, options in SETTINGS.items():
-            both(f"{s}-{name}", f"base-{b}", s, *options)
+            both(f"{s}-{name}", b, s, *options)
         for part in ("encoder", "llm"):
             for size in ("small", "large"):
-                base = f"base-{b}-{part}-{size}"
+                base = f"{b}-{part}-{size}"
                 chain(base, b, f"--{part}-size", size)
                 both(f"{s}-{part}-{size}", base, s)
-        for name in [j.split("/")[0] for j in list(jobs) if j.endswith("/dpo") and j.startswith(f"{s}-")]:
-            add(name, "probe", jobs[f"{name}/dpo"][0][1], s, after=[f"{name}/sft", f"{name}/dpo"])
+        for run in [j.split("/")[0] for j in list(jobs) if j.endswith("/dpo") and j.startswith(f"{s}-")]:
+            add(run, "probe", jobs[f"{run}/dpo"][0][1], s, after=[f"{run}/sft", f"{run}/dpo"])
     return jobs
 
 
@@ -100,7 +105,9 @@ def run(jobs, out, parallel, extra):
         bars = re.findall(r"(\w+): +(\d+%)", log(name).read_text(errors="replace")[-300:])
         return " ".join((name, *(bars[-1] if bars else ())))
 
-    cores, chain = os.cpu_count() or 1, [j for j in jobs if re.fullmatch(r"base-\d+/(encoder|instruct)", j)]
+    cores = os.cpu_count() or 1
+    bases = {options[1] for options, _ in jobs.values() if not options[1].endswith(("large", "small", "larger"))}
+    chain = [f"{b}/{stage}" for b in bases for stage in ("encoder", "instruct")]
     waiting, running = [j for j in jobs if not finished(j)], {}
     (out / "logs").mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(waiting), unit="job", dynamic_ncols=True)
@@ -183,12 +190,12 @@ def collect(out, bases):
             table.setdefault(row, {}).setdefault(name, {})[s] = value
 
     for s, b in bases.items():
-        mine, first = (read(out / name / "probe" / "results.json") for name in (str(s), f"base-{b}"))
+        mine, first = (read(out / name / "probe" / "results.json") for name in (s, b))
         for row, run, label in (("random", first, "random"), ("original", first, "encoder"), ("base", first, "instruct"),
                                 ("SFT", mine, "sft"), ("SFT x 2", mine, "twice sft"), ("DPO", mine, "dpo")):
             if run and label in run["probes"]:
                 put(row, probed(run["probes"][label]))
-        for row, at in (("base", f"base-{b}/instruct"), ("SFT", f"{s}/sft"), ("SFT x 2", f"{s}-twice/sft"),
+        for row, at in (("base", f"{b}/instruct"), ("SFT", f"{s}/sft"), ("SFT x 2", f"{s}-twice/sft"),
                         ("DPO", f"{s}/dpo")):
             put(row, answers(out / at))
         for row, name in zip(("original", "base", "SFT", "DPO", "larger original"), PIVOTS):
@@ -248,7 +255,7 @@ FINDINGS = [
 
 def gradients(out, bases):
     """Finding 4, gradient maps: lift by kind of answer and of detail, paired by seed."""
-    seeds = [read(out / str(s) / "probe" / "results.json") for s in bases]
+    seeds = [read(out / s / "probe" / "results.json") for s in bases]
     rows, maps = [], ("sft", "dpo", "sft, differing tokens", "rejected")
     for key in ("answer", "detail"):
         groups = {row[key] for seed in seeds if seed for row in seed["gradients"] if key == "answer" or
@@ -286,7 +293,7 @@ def sweeps(out, s):
              "2. and 3. Number of samples": [f"{s}-n{n}" for n in SAMPLES],
              "Settings of the world, one at a time": [f"{s}-{name}" for name in SETTINGS]}
     return [f"## {title}\n\nOne seed; a difference below \"detectable\" above means nothing. First row: the defaults.\n\n"
-            + losses_and_gains(out, s, [str(s), *names]) for title, names in parts.items()
+            + losses_and_gains(out, s, [s, *names]) for title, names in parts.items()
             if any((out / name / "dpo").exists() for name in names)]
 
 
@@ -301,7 +308,7 @@ def grid_report(out, bases):
         best[stage] = max(GRID, key=lambda rate: shown[rate][1])
         lines += [[stage.upper(), rate, *(f"{v:.3f}" for v in values), "*" if rate == best[stage] else ""]
                   for rate, values in shown.items()]
-    base = answers(out / f"base-{next(iter(bases.values()))}" / "instruct")
+    base = answers(out / next(iter(bases.values())) / "instruct")
     lines.append(["base", "", f"{base['visual']:.3f}", f"{base['pairs']:.3f}", ""])
     return ("## Learning rates\n\nOn validation scenes, from one grid. The rule, for both methods: the largest share of "
             "held-out pairs whose\nchosen answer is the likelier one, the task that both are trained for.\n\n"
@@ -310,7 +317,7 @@ def grid_report(out, bases):
 
 def cost(out, b, s):
     """FLOPs of each stage as trained, beside the encoder's pretraining."""
-    stages = {**{n: f"base-{b}/{n}" for n in ("encoder", "llm", "align", "lookup", "instruct")}, "sft": f"{s}/sft",
+    stages = {**{n: f"{b}/{n}" for n in ("encoder", "llm", "align", "lookup", "instruct")}, "sft": f"{s}/sft",
               "dpo": f"{s}/dpo", "pivot": f"{s}-pivot-dpo/pivot"}
     logs = {n: out / at / "log.jsonl" for n, at in stages.items() if (out / at / "log.jsonl").exists()}
     flops = {n: sum(json.loads(line)["flops"] for line in log.read_text().splitlines()) for n, log in logs.items()}
@@ -320,10 +327,11 @@ def cost(out, b, s):
                 [[n, f"{v:.2e}", f"{v / flops['encoder']:.2f}"] for n, v in flops.items()]))
 
 
-def report(out, seeds, bases, grid):
+def report(out, bases, number, grid, file):
     """Write report.md: a section per finding with what was measured, and an honest sentence made from the numbers."""
     table = collect(out, bases)
-    text = [f"# The study: seeds {seeds[0]} to {seeds[0] + seeds[1] - 1}, {len(set(bases.values()))} base models\n\n"
+    seeds, home = [number[s] for s in bases], next(iter(bases))
+    text = [f"# The study: seeds {seeds[0]} to {seeds[-1]}, base models: {len(set(bases.values()))}\n\n"
             "Means over seeds; differences are paired by seed, with Student's 95% intervals; detectable: the true "
             "difference\nthat such a study finds in 80% of cases. original: before any LLM; base: after instruct; SFT x 2: "
             "twice the samples,\nas many distinct responses as DPO sees; random: an untrained encoder."]
@@ -338,16 +346,16 @@ def report(out, seeds, bases, grid):
                     verdict, "does not decide")
                 text.append(f"DPO - SFT, {metrics[0]}: {mean} +- {half}. Our world {agrees}"
                             + (f"; it would have found {least}." if agrees == "does not decide" else "."))
-    if any((out / str(s) / "probe" / "results.json").exists() for s in bases):
+    if any((out / s / "probe" / "results.json").exists() for s in bases):
         text.append("## 4. Where the gradient goes\n\nThe paper: DPO's gradient concentrates on the question's region, "
                     "SFT's is scattered.\n\nlift: share of the gradient's mass inside the region over the region's share "
                     "of the picture; hit: the strongest token lies\ninside. Part of DPO's lift is arithmetic: tokens that "
                     "both answers share cancel; compare \"sft, differing tokens\".\n\n" + gradients(out, bases))
         for kind in ("one-word", "object", "scene"):
-            text.append(f"![gradient maps]({next(iter(bases))}/probe/gradients-{kind}.png)")
-    text += sweeps(out, seeds[0]) + [cost(out, seeds[0], seeds[0])]
+            text.append(f"![gradient maps]({os.path.relpath(out / home / 'probe', file.parent)}/gradients-{kind}.png)")
+    text += sweeps(out, home) + [cost(out, bases[home], home)]
     text += [grid.read_text()] if grid else []
-    (out / "report.md").write_text("\n\n".join(text) + "\n")
+    file.write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
 
 
@@ -356,21 +364,22 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first one")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--name", help="one seed, in the runs NAME and NAME-..., as pivot.py names them by itself")
     parser.add_argument("--samples", type=int, default=4096, help="preference pairs")
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
     parser.add_argument("--grid", action="store_true", help="learning rates of SFT and DPO, instead of the comparison")
     parser.add_argument("--learning-rates", type=Path, help="grid.md of a --grid run, for the report")
     parser.add_argument("--sweeps", action="store_true", help="also sizes, samples and single settings")
     args, extra = parser.parse_known_args()
-    jobs = plan((args.first, args.seeds), args.grid, args.sweeps, args.samples)
-    run(jobs, args.out.resolve(), args.jobs, extra)
-    numbers = range(args.first, args.first + args.seeds)
-    bases = {s: numbers[i % min(2, args.seeds)] for i, s in enumerate(numbers)}
+    bases, number = runs_of(args.first, args.seeds, args.name)
+    run(plan(bases, number, args.grid, args.sweeps, args.samples), args.out.resolve(), args.jobs, extra)
     if args.grid:
         text = grid_report(args.out, bases)
         (args.out / "grid.md").write_text(text)
         return print(text)
-    report(args.out, (args.first, args.seeds), bases, args.learning_rates)
+    file = args.out / (args.name or "") / "report.md"
+    report(args.out, bases, number, args.learning_rates, file)
+    print(f"\n{file}: done")
 
 
 if __name__ == "__main__":

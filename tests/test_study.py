@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import study
-from conftest import ROOT
+from conftest import ROOT, run
 
 
 def test_intervals_are_students():
@@ -22,25 +22,27 @@ def test_intervals_are_students():
 
 def test_every_job_waits_for_jobs_that_there_are():
     for grid, sweeps in ((False, False), (True, False), (False, True)):
-        jobs = study.plan((100, 5), grid, sweeps, 4096)
+        jobs = study.plan(*study.runs_of(100, 5, None), grid, sweeps, 4096)
         assert all(need in jobs for _, after in jobs.values() for need in after)
         assert len({s for s in (o[3] for o, _ in jobs.values())}) == 5          # five seeds, two of them with a base
         assert sum(name.startswith("base-") and name.endswith("/instruct") for name in jobs) == 2 + 4 * sweeps
 
 
 def test_the_study_at_toy_length(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tests/study.py"), "--out", str(tmp_path), "--preset", "toy",
+    done = subprocess.run([sys.executable, str(ROOT / "tests/study.py"), "--out", str(tmp_path), "--name", "toy", "--preset", "toy",
                            "--eval-scenes", "2", "--samples", "64"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    report = (tmp_path / "report.md").read_text()
+    report = (tmp_path / "toy/report.md").read_text()
     for title in ("2. DPO and SFT", "3. The encoder by itself", "4. Segmentation", "4. Where the gradient goes",
                   "Alignment", "6. PIVOT", "Cost", "random", "larger original", "absent objects"):
         assert title in report, title
-    assert all((tmp_path / f"0/probe/gradients-{kind}.png").exists() for kind in ("one-word", "object", "scene"))
-    answers = [study.answers(tmp_path / f"0/{stage}")["visual"] for stage in ("sft", "dpo")]
+    assert all((tmp_path / f"toy/probe/gradients-{kind}.png").exists() for kind in ("one-word", "object", "scene"))
+    again = run("--stage", "dpo", "--preset", "toy", "--eval-scenes", "2", "--samples", "64", "--runs", tmp_path)
+    assert "nothing to do" in again.stdout                                  # the names are those that pivot.py gives
+    answers = [study.answers(tmp_path / f"toy/{stage}")["visual"] for stage in ("sft", "dpo")]
     row = next(line for line in report.splitlines() if line.startswith("| DPO - SFT ") and "| visual " in line)
     assert f"{answers[1] - answers[0]:+.4f}" in row and "not known from one seed" in row
-    found = json.loads((tmp_path / "0/dpo/results.json").read_text())["results"]["questions"]
+    found = json.loads((tmp_path / "toy/dpo/results.json").read_text())["results"]["questions"]
     asked = [v for v in found.values() if v[4] not in ("knowledge", "fact")]
     assert abs(answers[1] - sum(v[1] for v in asked) / sum(v[0] for v in asked)) < 1e-9
 
