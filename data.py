@@ -140,7 +140,7 @@ class Tokenizer:
 
     def check(self, vocab_size, template):
         """Every id that a sample may get must have a row in the LLM's embedding."""
-        names = {name for text in vars(TEMPLATES[template]).values() for name in PIECES.findall(text)}
+        names = {*PIECES.findall(" ".join(vars(TEMPLATES[template]).values()))}
         used = [self.end, *(self.special[name] for name in names & self.special.keys())]
         if max(self.words - 1, *used) >= vocab_size or min(used) < 0:
             raise BadInput(f"{self.file}: has ids up to {self.size - 1}, the LLM {vocab_size} of "

@@ -321,8 +321,8 @@ def save_resume(folder, step, model, optimizers):
                  no_dist=dist.get_world_size() == 1)
     except (OSError, dcp.api.CheckpointException) as error:
         error = [e for e, _ in getattr(error, "failures", {0: (error, 0)}).values()][0]
-        raise BadInput(f"{final}: cannot be saved ({str(error):.300}); the save before it is whole: make room "
-                       "and start the same command again") from None
+        raise BadInput(f"{final}: cannot be saved ({str(error):.300}); the save before it is "
+                       "whole: make room and start the same command again") from None
     if first():
         os.replace(final.with_suffix(".tmp"), final)
         for _, path in old:
@@ -334,7 +334,8 @@ def read_settings(folder):
     try:
         return dict(json.loads(file.read_text())) if file.exists() else {}
     except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: cannot be read ({error}); restore it, or remove {folder}") from None
+        raise BadInput(f"{file}: cannot be read ({error}); restore it, or remove the "
+                       "folder") from None
 
 
 def finished(folder):
@@ -408,7 +409,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
         weight = 0. if batch.dummy else 1.
         sums = {"loss": loss.detach(), "count": count, "samples": len(batch),
                 "tokens": sum(lengths), "flops": work, "stop": len(stop),
-                "no_target": len(batch) - len((batch.response // batch.responses).unique()), **metrics}
+                "no_target": len(batch) - len((batch.response // batch.responses).unique()),
+                **metrics}
         return loss * weight, {k: weight * float(v) for k, v in sums.items()}
 
     def total(parts):
