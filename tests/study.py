@@ -140,7 +140,7 @@ def run(jobs, out, parallel, extra):
 
 T = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]     # Student's t, 97.5%, by degrees of freedom
 POWER = [0, 1.376, 1.061, .978, .941, .920, .906, .896, .889, .883]         # the same, 80%
-SHARED = ("random", "original", "base")                 # rows that all seeds of a base model share
+SHARED = ("random", "original", "larger original", "base")                 # rows that all seeds of a base model share
 ASKED, NEVER = ("shape", "color", "size", "texture", "letter"), ("tilt", "ground")
 
 
@@ -192,6 +192,7 @@ def collect(out, bases):
     for s, b in bases.items():
         mine, first = (read(out / name / "probe" / "results.json") for name in (s, b))
         for row, run, label in (("random", first, "random"), ("original", first, "encoder"), ("base", first, "instruct"),
+                                ("larger original", first, "larger encoder"),
                                 ("SFT", mine, "sft"), ("SFT x 2", mine, "twice sft"), ("DPO", mine, "dpo")):
             if run and label in run["probes"]:
                 put(row, probed(run["probes"][label]))
@@ -222,7 +223,8 @@ def compare(table, a, b, metrics, bases):
             mean, half, least = interval([y - x for x, y in pairs])
             sure = "not known from one seed" if half != half else "higher" if mean > half else \
                 "lower" if mean < -half else "no difference found"
-            rows.append([f"{b} - {a}", metric, len(pairs), f"{mean:+.4f}", f"{half:.4f}", f"{least:.4f}", sure])
+            known = [f"{v:.4f}" if v == v else "" for v in (half, least)]
+            rows.append([f"{b} - {a}", metric, len(pairs), f"{mean:+.4f}", *known, sure])
     return rows
 
 
@@ -269,7 +271,7 @@ def gradients(out, bases):
                     lifts.append([sum(row[m][i] for row in some) / len(some) for i in (0, 1) for m in maps])
             mean, half, _ = interval([seed[1] / seed[0] for seed in lifts])
             columns = [sum(column) / len(column) for column in zip(*lifts)]
-            rows.append([f"{key}: {group}", *(f"{v:.2f}" for v in columns), f"{mean:.2f} +- {half:.2f}"])
+            rows.append([f"{key}: {group}", *(f"{v:.2f}" for v in columns), f"{mean:.2f}" + (f" +- {half:.2f}" if half == half else "")])
     return markdown(["", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT"], rows)
 
 
@@ -340,7 +342,7 @@ def report(out, bases, number, grid, file):
         if rows:
             text.append(f"## {title}\n\nThe paper: {claim}\n\n{values(table, metrics)}\n\n{markdown(DIFFERENCE, rows)}")
             key = [row for row in rows if row[0] == "DPO - SFT" and row[1] == metrics[0]]
-            if key:
+            if key and key[0][4]:                   # one seed decides nothing
                 mean, half, least, verdict = key[0][3:]
                 agrees = {"higher": "agrees with the paper", "lower": "contradicts the paper"}.get(
                     verdict, "does not decide")

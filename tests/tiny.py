@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-import data
 import model as m
 import pivot
 
