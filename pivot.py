@@ -586,9 +586,16 @@ def run_stage(s, device):
     parts = inputs(s, device)
     if s.projector_layers and s.stage == "pivot-align":
         parts["projector"] = str(Path(parts["encoder"]).parent / "projector")
-    hashes = {part: hash_weights(at) for part, at in parts.items()}
 
     # ---- data
+    dataset = training_data(s, row)
+    held_out = (data.Records(s.eval_data, s.image_root) if s.eval_data else
+                None if s.data else data.World(row.content, s.split, 512))
+    for d in (dataset, held_out):
+        if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
+            raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
+    if s.eval_every and not held_out:
+        raise BadInput("--eval-every: needs held-out samples; name a file with --eval-data")
     if "llm" not in parts and first():
         data.train_tokenizer(folder / "tokenizer")
     dist.barrier()
@@ -601,18 +608,10 @@ def run_stage(s, device):
     prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
                            responses=2 if row.objective == "dpo" else 1,
                            pack=row.objective != "contrastive")
-    dataset = training_data(s, row)
-    held_out = (data.Records(s.eval_data, s.image_root) if s.eval_data else
-                None if s.data else data.World(row.content, s.split, 512))
-    for d in (dataset, held_out):
-        if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
-            raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
-    if s.eval_every and not held_out:
-        raise BadInput("--eval-every: needs held-out samples; name a file with --eval-data")
     if s.take or s.max_prompt_chosen:
         dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
     settings["inputs"] = {"data": dataset.fingerprint(), "tokenizer": hash_file(tokenizer.file),
-                          **hashes}
+                          **{part: hash_weights(at) for part, at in parts.items()}}
     settings["template"] = s.template
     if same_or_refuse(folder, settings):
         say((folder / "report.md").read_text())

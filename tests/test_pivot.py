@@ -207,7 +207,7 @@ def test_real_preferences_from_files(toy, tmp_path):
     assert len(weights(runs / "mine/dpo")) == 3
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
     done = run("--stage", "dpo", *TOY, *data, "--name", "mine", check=False)
-    assert done.returncode == 1 and "inputs" in done.stderr
+    assert done.returncode == 1 and "made with data =" in done.stderr
 
 
 def test_chat(toy, tmp_path):
