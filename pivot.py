@@ -76,8 +76,10 @@ WORLD = {
     "instruct": Stage(("lookup",), ALL, "sft", "instruct", 64000, 800, 32, .015, .0015, "muon"),
     "sft": Stage(("instruct",), ALL, "sft", "preferences", 4096, 128, 32, 1e-4, 1e-4, "adamw"),
     "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 4096, 128, 32, 1e-4, 1e-4, "adamw"),
-    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 100, 32, .015, 0, "muon"),
-    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 300, 32, .015, .0015, "muon"),
+    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 100, 32, .015, 0,
+                         "muon"),
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 300, 32, .015, .0015,
+                   "muon"),
 }
 PAPER = {   # the appendix's hyper-parameters; every stage takes its data from --data
     "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),
@@ -226,8 +228,8 @@ def say(text):
 def shard(model, s, train=True):
     """FSDP2: a unit per transformer block, gathered in what it computes in; gradients meet in fp32.
     Embeddings and head, which may be tied, are the root's unit, which stays fp32, as do residuals
-    and the arithmetic of norms. One process keeps plain tensors: on a CPU DTensor's bookkeeping costs more
-    than 5%."""
+    and the arithmetic of norms. One process keeps plain tensors: on a CPU DTensor's bookkeeping
+    costs more than 5%."""
     half = torch.bfloat16 if s.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     idle = model.encoder.unused() if model.encoder else ()      # never gathered: the root's, too
@@ -445,7 +447,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
             raise BadInput(f"{folder}: {', '.join(lost)[:300]} got no gradient: no loss reaches it")
 
         # gradients of a sum, averaged over ranks by FSDP: make them the step's mean, however split
-        torch._foreach_mul_([p.grad for p in trained], dist.get_world_size() / max(1, sums["count"]))
+        scale = dist.get_world_size() / max(1, sums["count"])
+        torch._foreach_mul_([p.grad for p in trained], scale)
         norm = float(full(torch.nn.utils.clip_grad_norm_(trained, s.clip)))
         bad = 0 if math.isfinite(means["loss"]) and math.isfinite(norm) else bad + 1
         rate = schedule(step, len(steps), s.warmup)
@@ -538,7 +541,7 @@ def dry_run(s, device):
           for need in row.needs for part in LEAVES.get(need, ALL)}
     at |= {part: getattr(s, part) for part in ALL if getattr(s, part)}
     if "llm" not in at:
-        raise BadInput(f"--dry-run: stage {s.stage} starts from nothing; it is there for the others")
+        raise BadInput(f"--dry-run: stage {s.stage} starts from nothing, see the others")
     encoder = read_encoder_config(at["encoder"], s.image_size, s.encoder_config)
     llm = read_llm_config(at["llm"])
     with torch.device("meta"):
@@ -551,7 +554,8 @@ def dry_run(s, device):
     if s.take or s.max_prompt_chosen:
         dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
     some = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / 200))]
-    rows = [(prepare.row(x if paired else replace(x, rejected=None)), x.image is not None) for x in some]
+    rows = [(prepare.row(x if paired else replace(x, rejected=None)), x.image is not None)
+            for x in some]
     trains = row.trains if not s.unfreeze else ALL
 
     def work(trains):
@@ -561,7 +565,8 @@ def dry_run(s, device):
     epochs = s.epochs or s.steps * s.batch / len(dataset)
     flops = len(dataset) * (epochs * work(trains) + paired * work(()))
     tokens = sum(len(r.tokens) for r, _ in rows) / len(rows)
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad is t) for t in (True, False)]
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad is trained)
+             for trained in (True, False)]
     micro, layers = min(s.micro_batch, math.ceil(s.batch / s.gpus)), len(model.encoder.used())
     kept = (lambda depth: 2 * depth + 34) if s.checkpointing else (lambda depth: 34 * depth)
     activations = micro * (encoder.tokens * encoder.hidden_size * kept(layers) +

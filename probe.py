@@ -559,7 +559,8 @@ def tables(results, beta):
         for name, (n, _, grey, majority, category, kind) in after["questions"].items():
             row = [n, majority, grey, *(results[s]["questions"][name][1] for s in sides)]
             rows.append([category, kind, *row])
-            for key in (category, "all", *(["visual"] if category not in ("knowledge", "fact") else [])):
+            seen = ["visual"] if category not in ("knowledge", "fact") else []
+            for key in (category, "all", *seen):
                 total[key] = [a + b for a, b in zip(total[key], row)]
         rows.sort(key=lambda row: row[0])
         rows += [[key, "", *total[key]] for key in (*sorted(set(total) - {"visual", "all"}),
