@@ -143,7 +143,7 @@ def test_killed_25_times_at_random_moments(tiny, spawn, capsys):
         else:
             while waits() and (phase(killed, index) != wanted or wanted == "reference" and not killed.exists()):
                 time.sleep(.0005)
-        time.sleep(rng.random() * {"index": .15, "reference": .05, "step": .03, "save": .03, "export": .06}[wanted])
+        time.sleep(rng.random() * {"index": .03, "reference": .05, "step": .03, "save": .03, "export": .06}[wanted])
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         status, now = wait(), phase(killed, index)
