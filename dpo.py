@@ -100,7 +100,7 @@ def sampled_pairs(model, data, wanted, prepare, seed, device, precision):
     data: a World of preferences. wanted: indices. Returns {index: (chosen, rejected)}."""
     by_kind, pairs = {}, {}
     for i in wanted:                            # short answers need not wait for long ones
-        by_kind.setdefault(data[i].kind, []).append(i)
+        by_kind.setdefault(data.draw(i)[2], []).append(i)
     batches = [at[k:k + 256] for at in by_kind.values() for k in range(0, len(at), 256)]
     rank, world = dist.get_rank(), dist.get_world_size()
     for k in tqdm(range(rank, len(batches), world), "sampling", unit="batch", disable=rank > 0):

@@ -651,7 +651,6 @@ def run_stage(s, device):
                if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)]
 
     # ---- train
-
     if isinstance(dataset, data.World) and row.content == "preferences" and s.pairs != "drawn":
         dataset.sampled = on_policy(s, model, dataset, prepare, settings, device)
 
@@ -781,8 +780,8 @@ def run_probe(s, device):
     if same_or_refuse(folder, settings):
         return say((folder / "report.md").read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    encoders = {name: (at, str(Path(at).parent / "projector")) if "instruct" in name or
-                name.split()[-1] in ("sft", "dpo") else at for name, at in encoders.items()}
+    encoders = {name: at if Path(at).parent.name == "encoder" else
+                (at, str(Path(at).parent / "projector")) for name, at in encoders.items()}
     scenes = (60, 20, 60) if s.preset == "toy" else (1000, 300, 1000)
     results = probe.probes(encoders, llm=llm, select_layer=s.select_layer, seed=s.seed,
                            scenes=scenes, device=device, out=folder)
@@ -790,7 +789,7 @@ def run_probe(s, device):
     pairs = data.World("preferences", s.split, 6 * scenes[0] // 10, s.wording, s.errors,
                        first=s.seed * 1000)
     model = load_model(base / "encoder", base / "projector", base / "llm", s.select_layer)
-    made = json.loads((base / "settings.json").read_text())
+    made = read_settings(base)
     prepare = data.Prepare(data.Tokenizer(base / "llm"), made["template"], model.encoder.config,
                            made["max_length"], responses=2)
     samples = [pairs[i] for i in range(len(pairs))]
