@@ -587,10 +587,11 @@ class Scene:
         others = [value for value in DETAILS[detail] if value not in taken]
         return replace(thing, **{detail: rng.choice(others)})
 
-    def ask(self, kind, rng, words=None, errors=0.):
+    def ask(self, kind, rng, words=None, errors=0., apart=False):
         """A question of a kind: (question, answer, wrong answer, things it is about, detail), or
         None if the scene does not allow it; the wrong answer is None where count finds none.
-        words, errors: wording and share of imperfect answers of descriptions.
+        Of descriptions: words: see describe; errors: share of imperfect answers; apart: the wrong
+        answer is worded on its own, not as the right one.
 
         The wrong answer is drawn so that the two could be exchanged: given the question,
         (answer, wrong) and (wrong, answer) are equally likely over scenes, so that a model that
@@ -649,7 +650,10 @@ class Scene:
             right = [self.misread(t, flaw, words) if t is thing else t for t in right]
         at = [t.place for t in right].index(thing.place)
         wrong = [*right[:at], self.misread(right[at], detail, rng), *right[at + 1:]]
-        return question, *(self.describe(kind, t, words) for t in (right, wrong)), [thing], detail
+        seed = words and words.random()
+        said = [self.describe(kind, told, words if apart or not words else random.Random(seed))
+                for told in (right, wrong)]
+        return question, *said, [thing], detail
 
     def mistakes(self, kind, things, said):
         """How many details a description has wrong: of one object, or of the scene's four places."""
@@ -678,12 +682,13 @@ class World:
 
     content   captions     a picture and its description
               lookup       up to 12 questions about a picture, half of them "where is ..."
-              instruct     every kind of question once, and a description
+              instruct     every kind of question once, and a terse description
               text         a description in words, then questions about it: no picture
               preferences  one question, right and wrong answer: one word, one object or the scene
               questions    one question of each kind for each picture, and one without, for
                            evaluation
-    wording   free: descriptions in many words that say nothing about the picture; terse: in one
+    wording   of text's and preferences' descriptions: free: many ways, which say nothing about
+              the picture; a wrong answer is worded as the right one; apart: it is not; terse
     errors    share of the preferences' descriptions whose chosen answer has a detail wrong, too
     kinds     of preferences: a question's kind, "object" or "scene"; default: all, a third each
     first     number of the first scene: runs of different seeds see different scenes
@@ -703,14 +708,14 @@ class World:
         scene = Scene(self.split, self.first + (i // len(self.asked) if self.content == "questions"
                                                 else i))
         words = random.Random(f"words {self.split} {self.first + i}")
-        words, rng, asked, attempt = words if self.wording == "free" else None, scene.rng, None, 0
+        words, rng, asked, attempt = None if self.wording == "terse" else words, scene.rng, None, 0
         while self.content in ("questions", "preferences") and (not asked or asked[2] is None):
             if self.content == "preferences":           # no neighbours, no letter of its own: again
                 kind = rng.choice(self.kinds or [rng.choice(list(CATEGORY)), "object", "scene"])
             else:
                 kind, attempt = self.asked[i % len(self.asked)], attempt + 1
                 scene = scene if attempt < 9 else Scene(self.split, f"{i} {attempt}")
-            asked = scene.ask(kind, rng, words, self.errors)
+            asked = scene.ask(kind, rng, words, self.errors, self.wording == "apart")
         return scene, words, asked and kind, asked
 
     def mistakes(self, i, said):
@@ -735,8 +740,8 @@ class World:
             kinds = rng.choices(LOOKUP, k=12)
         else:
             rng.shuffle(kinds)
-            described = rng.choices(["", "object", "scene"], [.5, .4, .1])[0]
-            kinds = [*kinds, TEXT_ONLY, *([described] if described else [])]
+            kinds = kinds[:6] + ["scene"] if rng.random() < .25 else [*kinds, TEXT_ONLY, "object"]
+        words = words if self.content == "text" else None      # the MLLM's instructions are terse
         turns = dict.fromkeys(a[:2] for a in (scene.ask(kind, rng, words) for kind in kinds) if a)
         if self.content != "text":
             return Sample(name, scene.image(), list(turns), separate=True)

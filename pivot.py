@@ -74,11 +74,11 @@ WORLD = {
     "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "captions", 32000, 50, 32, .015, 0, "muon"),
     "lookup": Stage(("align",), ALL, "sft", "lookup", 32000, 200, 32, .015, .0015, "muon"),
     "instruct": Stage(("lookup",), ALL, "sft", "instruct", 64000, 800, 32, .015, .0015, "muon"),
-    "sft": Stage(("instruct",), ALL, "sft", "preferences", 4096, 128, 32, 1e-4, 1e-4, "adamw"),
-    "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 4096, 128, 32, 1e-4, 1e-4, "adamw"),
-    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "lookup", 32000, 100, 32, .015, 0,
+    "sft": Stage(("instruct",), ALL, "sft", "preferences", 4096, 256, 16, 1e-3, 1e-3, "adamw"),
+    "dpo": Stage(("instruct",), ALL, "dpo", "preferences", 4096, 256, 16, 3e-5, 3e-5, "adamw"),
+    "pivot-align": Stage(("encoder", "llm"), ALL[1:], "sft", "lookup", 32000, 100, 32, .015, 0,
                          "muon"),
-    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 300, 32, .015, .0015,
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "instruct", 64000, 200, 32, .015, .0015,
                    "muon"),
 }
 PAPER = {   # the appendix's hyper-parameters; every stage takes its data from --data
@@ -126,7 +126,8 @@ class Settings:
     on_bad_sample: str = option("stop", "of --data, which cannot be read or is too long: stop, or "
                                 "skip it and say at the end which ones", ["stop", "skip"])
     samples: int = option(None, "distinct samples of the world")
-    wording: str = option("free", "the world's descriptions: free wording or one", ["free", "terse"])
+    wording: str = option("free", "the world's descriptions: free; a pair's two worded apart; terse",
+                          ["free", "apart", "terse"])
     errors: float = option(.2, "share of the world's chosen descriptions with an error of their own")
     pairs: str = option("mixed", "the world's preferences: drawn; sampled from the model that the "
                         "stage starts from, where two responses differ in quality; or half and half",
@@ -165,7 +166,7 @@ class Settings:
     eval_every: int = option(0, "steps between looks at held-out samples while training; 0: none")
     split: str = option("test", "scenes of the final tables; choose settings on validation",
                         ["validation", "test"])
-    eval_scenes: int = option(300, "scenes of the final tables: 13 questions, 4 pairs each")
+    eval_scenes: int = option(200, "scenes of the final tables: 13 questions, 4 pairs each")
     dry_run: bool = option(False, "print what the stage will cost, and stop")
     gpus: int = option(8, "dry run: how many")
     utilisation: float = option(.5, "dry run: model FLOPs over the peak of an H100 or H200")
@@ -738,7 +739,7 @@ def measure(s, folder, parts, pairs, prepare, device):
     pairs about the world's held-out scenes, or a user's held-out pairs."""
     questions = s.questions and data.Records(s.questions, s.image_root)
     if not s.data:
-        pairs = data.World("preferences", s.split, 4 * s.eval_scenes)
+        pairs = None if s.stage == "pivot" else data.World("preferences", s.split, 4 * s.eval_scenes)
         questions = questions or data.World("questions", s.split,
                                             len(data.World.asked) * s.eval_scenes)
     elif pairs and not pairs.preferences:
@@ -775,7 +776,7 @@ def run_probe(s, device):
     base, llm = runs / s.base / "instruct", runs / s.base / "llm" / "llm"
     if not encoders or not finished(base):
         raise BadInput(f"{runs}: no finished stage of {s.name}, or none of {s.base}; train one first")
-    settings = {k: getattr(s, k) for k in ("seed", "split", "wording", "errors", "select_layer")}
+    settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer")}
     settings |= {"inputs": {name: hash_weights(at) for name, at in encoders.items()}}
     if same_or_refuse(folder, settings):
         return say((folder / "report.md").read_text())
@@ -786,16 +787,18 @@ def run_probe(s, device):
     results = probe.probes(encoders, llm=llm, select_layer=s.select_layer, seed=s.seed,
                            scenes=scenes, device=device, out=folder)
 
-    pairs = data.World("preferences", s.split, 6 * scenes[0] // 10, s.wording, s.errors,
-                       first=s.seed * 1000)
     model = load_model(base / "encoder", base / "projector", base / "llm", s.select_layer)
-    made = read_settings(base)
+    made, rows = read_settings(base), []
     prepare = data.Prepare(data.Tokenizer(base / "llm"), made["template"], model.encoder.config,
                            made["max_length"], responses=2)
-    samples = [pairs[i] for i in range(len(pairs))]
-    maps, rows = probe.gradient_maps(model.to(device), samples, prepare, device, s.beta)
+    for wording in ("apart", "free"):
+        pairs = data.World("preferences", s.split, 6 * scenes[0] // 10, wording, s.errors,
+                           first=s.seed * 1000)
+        samples = [pairs[i] for i in range(len(pairs))]
+        maps, found = probe.gradient_maps(model.to(device), samples, prepare, device, s.beta)
+        rows += [row | {"wording": wording} for row in found]
     for kind in ("one word", "object", "scene"):
-        shown = [row["sample"] for row in rows if row["answer"] == kind][:3]
+        shown = [row["sample"] for row in found if row["answer"] == kind][:3]
         probe.gradient_picture([samples[i] for i in shown], maps[shown],
                                folder / f"gradients-{kind.replace(' ', '-')}.png")
     write_json(folder / "results.json", {"probes": results, "gradients": rows})

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash train.sh [options of tests/study.py]
 #       the whole recipe on the embedded world, from nothing, one seed, and its report: runs/world/report.md
-# bash train.sh study --seeds 5 [--first 100] [--sweeps] [options]
+# bash train.sh study --seeds 5 [--first 100] [--sweeps SEEDS] [options]
 #       the paper's study with intervals over seeds: runs/study/report.md
 # bash train.sh paper --encoder DIR --llm DIR --captions FILE --instruct FILE --preferences FILE [options of pivot.py]
 #       the paper's recipe on real models and data; with --dry-run only its price.

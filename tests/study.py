@@ -1,7 +1,7 @@
 """The paper's study on the embedded world: trains what it compares, several seeds of each, and writes report.md.
 
     python tests/study.py --seeds 5 --first 100 --out runs/study            the core comparison
-    python tests/study.py --seeds 5 --first 100 --out runs/study --sweeps   also sizes, samples and single settings
+    python tests/study.py --seeds 5 --first 100 --out runs/study --sweeps 2 also sizes, samples and single settings
     python tests/study.py --seeds 3 --first 0 --out runs/tune --grid        learning rates, on validation scenes
 
 Every model is one command of pivot.py; what is there already is kept, so that an interrupted study goes on where it was.
@@ -24,11 +24,14 @@ from tqdm import tqdm  # noqa: E402
 
 from probe import markdown  # noqa: E402
 
-GRID = ["3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3"]
+GRID = ["3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
 SAMPLES = [512, 1024, 2048]                            # beside the default number
 SETTINGS = {    # one departure from the defaults each
-    "terse": ["--wording", "terse"], "perfect": ["--errors", "0"], "drawn": ["--pairs", "drawn"],
-    "sampled": ["--pairs", "sampled"]}
+    "terse": ["--wording", "terse"], "apart": ["--wording", "apart"], "perfect": ["--errors", "0"],
+    "drawn": ["--pairs", "drawn"], "sampled": ["--pairs", "sampled"],
+    "one-rate": ["--lr", "3e-4", "--encoder-lr", "3e-4"]}       # the same for both methods
+SIZES = [f"{part}-{size}" for part in ("encoder", "llm") for size in ("small", "large")]
+BATCH = 16                                             # of SFT and DPO
 PIVOTS = {"original": "{b}/encoder", "base": "{b}/instruct", "sft": "{s}/sft", "dpo": "{s}/dpo",
           "larger": "{b}-larger/encoder"}
 
@@ -66,7 +69,7 @@ def plan(bases, number, grid, sweeps, samples):
         return jobs
     for s, b in bases.items():
         both(s, b, s)
-        add(f"{s}-twice", "sft", b, s, "--samples", 2 * samples, "--steps", samples // 16, after=[f"{b}/instruct"])
+        add(f"{s}-twice", "sft", b, s, "--samples", 2 * samples, "--steps", 2 * samples // BATCH, after=[f"{b}/instruct"])
     for s, b in bases.items():
         add(f"{b}-larger", "encoder", f"{b}-larger", b, "--encoder-size", "large", after=[f"{b}/instruct"])
         add(s, "probe", b, s, after=[f"{s}/sft", f"{s}/dpo", f"{s}-twice/sft", f"{b}-larger/encoder"])
@@ -75,19 +78,19 @@ def plan(bases, number, grid, sweeps, samples):
             source = source.format(s=s, b=b)
             add(f"{s}-pivot-{row}", "pivot", b, s, "--encoder", f"{{out}}/{source}/encoder",
                 after=[source, f"{b}/instruct"])
-    if sweeps:
-        s, b = next(iter(bases.items()))
+    some = list(bases.items())[:sweeps]
+    for s, b in some:
         for n in SAMPLES:
-            both(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // 32)
+            both(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // BATCH)
         for name, options in SETTINGS.items():
             both(f"{s}-{name}", b, s, *options)
-        for part in ("encoder", "llm"):
-            for size in ("small", "large"):
-                base = f"{b}-{part}-{size}"
-                chain(base, b, f"--{part}-size", size)
-                both(f"{s}-{part}-{size}", base, s)
-        for run in [j.split("/")[0] for j in list(jobs) if j.endswith("/dpo") and j.startswith(f"{s}-")]:
-            add(run, "probe", jobs[f"{run}/dpo"][0][1], s, after=[f"{run}/sft", f"{run}/dpo"])
+    for name in SIZES:
+        for s, b in some:
+            chain(f"{b}-{name}", b, f"--{name[:-6]}-size", name[-5:])
+            both(f"{s}-{name}", f"{b}-{name}", s)
+    for job in [j for j in jobs if j.endswith("/dpo") and j[:-4] not in bases]:
+        run = job[:-4]
+        add(run, "probe", jobs[job][0][1], run.split("-")[0], after=[f"{run}/sft", job])
     return jobs
 
 
@@ -141,7 +144,8 @@ def run(jobs, out, parallel, extra):
 T = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]     # Student's t, 97.5%, by degrees of freedom
 POWER = [0, 1.376, 1.061, .978, .941, .920, .906, .896, .889, .883]         # the same, 80%
 SHARED = ("random", "original", "larger original", "base")                 # rows that all seeds of a base model share
-ASKED, NEVER = ("shape", "color", "size", "texture", "letter"), ("tilt", "ground")
+GROUPS = {"asked": ("shape", "color", "size", "texture", "letter"),         # tilt and ground are never mentioned
+          "tilt": ("tilt",), "ground": ("ground",)}
 
 
 def read(file):
@@ -170,7 +174,7 @@ def probed(row):
     """{metric: value} of one encoder's probes."""
     out = {}
     for view, attributes in row["linear"].items():
-        for name, group in (("asked", ASKED), ("never asked", NEVER)):
+        for name, group in GROUPS.items():
             cells = [attributes[a] for a in group]
             out[f"{name}, {view}"] = sum(c["right"] for c in cells) / sum(c["n"] for c in cells)
     for k in ("recall", "f1"):
@@ -242,8 +246,7 @@ FINDINGS = [
     ("2b. The same with blank images", "No claim of the paper: whoever answers without looking shows here.",
      ["blank: visual", "blank: absent objects"], [("base", "DPO"), ("SFT", "DPO")]),
     ("3. The encoder by itself: linear probes", "Post-training rewrites the encoder; DPO's is better than SFT's.",
-     [f"{what}, {view}, {pool}" for pool in ("cell", "mean") for view in ("encoder", "encoder + projector")
-      for what in ("asked", "never asked")],
+     [*(f"{what}, encoder, {pool}" for pool in ("cell", "mean") for what in GROUPS), "asked, encoder + projector, cell"],
      [("random", "original"), ("original", "base"), ("base", "SFT"), ("base", "DPO"), ("SFT", "DPO"), ("SFT x 2", "DPO")]),
     ("4. Segmentation", "DPO's encoder localises better than SFT's.", ["segmentation recall", "segmentation f1"],
      [("random", "original"), ("original", "base"), ("base", "SFT"), ("base", "DPO"), ("SFT", "DPO"), ("SFT x 2", "DPO")]),
@@ -257,46 +260,46 @@ FINDINGS = [
 
 def gradients(out, bases):
     """Finding 4, gradient maps: lift by kind of answer and of detail, paired by seed."""
-    seeds = [read(out / s / "probe" / "results.json") for s in bases]
+    seeds = [found["gradients"] for s in bases if (found := read(out / s / "probe" / "results.json"))]
+    groups = [("", "free", "answer"), ("worded apart, ", "apart", "answer"), ("detail: ", "free", "detail")]
     rows, maps = [], ("sft", "dpo", "sft, differing tokens", "rejected")
-    for key in ("answer", "detail"):
-        groups = {row[key] for seed in seeds if seed for row in seed["gradients"] if key == "answer" or
-                  row["answer"] != "one word"}
-        for group in sorted(groups):
-            lifts = []                          # a list per seed: mean lift and hits of each map
-            for seed in filter(None, seeds):
-                some = [row for row in seed["gradients"] if row[key] == group and
-                        (key == "answer" or row["answer"] != "one word")]
-                if some:
-                    lifts.append([sum(row[m][i] for row in some) / len(some) for i in (0, 1) for m in maps])
-            mean, half, _ = interval([seed[1] / seed[0] for seed in lifts])
-            columns = [sum(column) / len(column) for column in zip(*lifts)]
-            rows.append([f"{key}: {group}", *(f"{v:.2f}" for v in columns), f"{mean:.2f}" + (f" +- {half:.2f}" if half == half else "")])
-    return markdown(["", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT"], rows)
+    for title, wording, key in groups:
+        def wanted(row):
+            return row["wording"] == wording and (key == "answer" or row["answer"] != "one word")
+        for group in sorted({row[key] for seed in seeds for row in seed if wanted(row)}):
+            some = [[row for row in seed if wanted(row) and row[key] == group] for seed in seeds]
+            lifts = [[sum(row[m][i] for row in part) / len(part) for i in (0, 1) for m in maps] for part in some if part]
+            ratios = [interval([seed[k] / seed[0] for seed in lifts])[:2] for k in (1, 2)]
+            rows.append([title + group, *(f"{sum(c) / len(c):.2f}" for c in zip(*lifts)),
+                         *(f"{mean:.2f}" + (f" +- {half:.2f}" if half == half else "") for mean, half in ratios)])
+    return markdown(["", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT",
+                     "differing tokens / SFT"], rows)
 
 
-def losses_and_gains(out, s, names, rows=("sft", "dpo")):
-    """A row for each run and method: what the model and its encoder can do, one seed."""
-    lines, metrics = [], ["visual", "pairs", "asked, encoder, cell", "segmentation recall"]
-    for name in names:
-        run = (read(out / name / "probe" / "results.json") or {}).get("probes", {})
-        for row in rows:
-            found = answers(out / name / row) | (probed(run[row]) if row in run else {})
-            if found:
-                lines.append([name.removeprefix(f"{s}-"), row.upper(), *(f"{found[m]:.3f}" if m in found else ""
-                                                                         for m in metrics)])
-    return markdown(["run", "method", *metrics], lines)
-
-
-def sweeps(out, s):
-    """Figures 2 to 6 in small, and one departure from the defaults at a time: one seed, no intervals."""
-    parts = {"1. and 5. Size of the encoder and of the LLM head": [f"{s}-{part}-{size}" for part in ("encoder", "llm")
-                                                                    for size in ("small", "large")],
-             "2. and 3. Number of samples": [f"{s}-n{n}" for n in SAMPLES],
-             "Settings of the world, one at a time": [f"{s}-{name}" for name in SETTINGS]}
-    return [f"## {title}\n\nOne seed; a difference below \"detectable\" above means nothing. First row: the defaults.\n\n"
-            + losses_and_gains(out, s, [s, *names]) for title, names in parts.items()
-            if any((out / name / "dpo").exists() for name in names)]
+def sweeps(out, bases):
+    """Figures 2 to 6 in small, and one departure from the defaults at a time, paired by seed."""
+    parts = {"1. and 5. Size of the encoder and of the LLM head": SIZES,
+             "2. and 3. Number of samples": [f"n{n}" for n in SAMPLES],
+             "Settings of the world, one at a time": list(SETTINGS)}
+    metrics = ["visual", "ocr", "pairs", "asked, encoder, cell", "segmentation recall"]
+    text = []
+    for title, names in parts.items():
+        rows = []
+        for name in ("", *names):
+            found = {"SFT": [], "DPO": []}
+            for at in [out / f"{s}-{name}".rstrip("-") for s in bases]:
+                row = (read(at / "probe/results.json") or {}).get("probes", {})
+                if "sft" in row and "dpo" in row:
+                    for stage in found:
+                        found[stage].append(answers(at / stage.lower()) | probed(row[stage.lower()]))
+            gaps = [[d[m] - f[m] for f, d in zip(*found.values())] for m in metrics]
+            gaps = [interval(gap)[:2] for gap in gaps if gap]
+            rows += [[name or "defaults", stage, len(some), *(f"{sum(f[m] for f in some) / len(some):.3f}" for m in metrics)]
+                     for stage, some in found.items() if some]
+            rows += [["", "DPO - SFT", "", *(f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in gaps)]] if gaps else []
+        if len(rows) > 3:
+            text.append(f"## {title}\n\n" + markdown(["run", "method", "seeds", *metrics], rows))
+    return text
 
 
 def grid_report(out, bases):
@@ -337,17 +340,16 @@ def report(out, bases, number, grid, file):
             "Means over seeds; differences are paired by seed, with Student's 95% intervals; detectable: the true "
             "difference\nthat such a study finds in 80% of cases. original: before any LLM; base: after instruct; SFT x 2: "
             "twice the samples,\nas many distinct responses as DPO sees; random: an untrained encoder."]
+    overview = []
     for title, claim, metrics, pairs in FINDINGS:
         rows = [row for a, b in pairs for row in compare(table, a, b, metrics, bases)]
         if rows:
             text.append(f"## {title}\n\nThe paper: {claim}\n\n{values(table, metrics)}\n\n{markdown(DIFFERENCE, rows)}")
-            key = [row for row in rows if row[0] == "DPO - SFT" and row[1] == metrics[0]]
-            if key and key[0][4]:                   # one seed decides nothing
-                mean, half, least, verdict = key[0][3:]
-                agrees = {"higher": "agrees with the paper", "lower": "contradicts the paper"}.get(
-                    verdict, "does not decide")
-                text.append(f"DPO - SFT, {metrics[0]}: {mean} +- {half}. Our world {agrees}"
-                            + (f"; it would have found {least}." if agrees == "does not decide" else "."))
+            for _, metric, _, mean, half, least, verdict in [r for r in rows if r[0] == "DPO - SFT" and r[1] == metrics[0]]:
+                agrees = {"higher": "agrees", "lower": "contradicts"}.get(verdict, "undecided" if half else "one seed")
+                overview.append([title, metric, mean, half, least, agrees if claim[:2] != "No" else ""])
+    text.insert(1, "## In one table\n\nDPO - SFT; does our world agree with the paper's claim?\n\n" + markdown(
+        ["finding", "measure", "DPO - SFT", "95% +-", "detectable", "paper"], overview))
     if any((out / s / "probe" / "results.json").exists() for s in bases):
         text.append("## 4. Where the gradient goes\n\nThe paper: DPO's gradient concentrates on the question's region, "
                     "SFT's is scattered.\n\nlift: share of the gradient's mass inside the region over the region's share "
@@ -355,7 +357,7 @@ def report(out, bases, number, grid, file):
                     "both answers share cancel; compare \"sft, differing tokens\".\n\n" + gradients(out, bases))
         for kind in ("one-word", "object", "scene"):
             text.append(f"![gradient maps]({os.path.relpath(out / home / 'probe', file.parent)}/gradients-{kind}.png)")
-    text += sweeps(out, home) + [cost(out, bases[home], home)]
+    text += sweeps(out, bases) + [cost(out, bases[home], home)]
     text += [grid.read_text()] if grid else []
     file.write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
@@ -371,7 +373,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
     parser.add_argument("--grid", action="store_true", help="learning rates of SFT and DPO, instead of the comparison")
     parser.add_argument("--learning-rates", type=Path, help="grid.md of a --grid run, for the report")
-    parser.add_argument("--sweeps", action="store_true", help="also sizes, samples and single settings")
+    parser.add_argument("--sweeps", type=int, default=0, help="also sizes, samples, single settings, of so many seeds")
     args, extra = parser.parse_known_args()
     bases, number = runs_of(args.first, args.seeds, args.name)
     run(plan(bases, number, args.grid, args.sweeps, args.samples), args.out.resolve(), args.jobs, extra)

@@ -23,6 +23,16 @@ def test_free_wording_says_the_same_details():
     assert len(wordings) > .9 * sum(wordings.values())
 
 
+def test_a_pair_is_worded_alike_unless_apart():
+    """Worded alike, a described pair differs in the words of one detail; apart, in other words, too."""
+    differ = {}
+    for wording in ("free", "apart"):
+        world = data.World("preferences", "probe", 200, wording=wording, errors=0, kinds=["object"])
+        pairs = [(world[i].turns[0][1], world[i].rejected) for i in range(200)]
+        differ[wording] = [len(set(a.split()) ^ set(b.split())) for a, b in pairs]
+    assert max(differ["free"]) <= 4 and sum(d > 4 for d in differ["apart"]) > 100
+
+
 def test_the_judge_counts_wrong_details():
     """Chosen: none wrong; rejected: one. With errors: one and two. Made-up responses: counted by hand."""
     for errors in (0, 1):
