@@ -172,7 +172,7 @@ def test_pivot_keeps_the_encoder_and_learns_the_rest(toy):
     assert weights(runs / "again/pivot/encoder") == weights(source)
     for part in ("projector", "llm"):
         assert weights(runs / "again/pivot" / part) != weights(runs / "toy/dpo" / part)
-    assert weights(runs / "again/pivot-align/llm") == weights(runs / "toy/llm/llm")
+    assert weights(runs / "again/pivot-align/encoder") == weights(source)
 
 
 def test_the_papers_preset_wants_files(toy, tmp_path):
