@@ -24,7 +24,6 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 CHOSEN, REJECTED = 0, 1     # columns of logps: (samples, responses)
@@ -94,7 +93,8 @@ PIECES = re.compile(rf"({SPECIAL}|<image>|{{\w+}})")        # what in a template
 
 class Tokenizer:
     """sentencepiece's tokenizer.model or, where there is none, tokenizer.json. `special`: ids of
-    special and added tokens, which `encode` never makes of a text and `decode` leaves out."""
+    special and added tokens, which `encode` never makes of a text and `decode` leaves out; `words`
+    and `size`: how many ids there are without and with them."""
     FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
              "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
@@ -119,12 +119,11 @@ class Tokenizer:
                 self.model = tokenizers.Tokenizer.from_str(json.dumps(spec))
                 self.bare = "'first'" in str(spec["pre_tokenizer"])
                 self.words = 1 + max(self.model.get_vocab().values())
-            # words: ids that text alone can become; size: with special ones
             self.special, self.size = ids, max([self.words, *(i + 1 for i in ids.values())])
             self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
         except Exception as error:              # the two packages raise whatever they like
-            hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
-            raise BadInput(f"{self.file}: cannot be read ({error!r}){hint}") from None
+            raise BadInput(f"{self.file}: cannot be read ({error!r}); for tokenizer.json: pip "
+                           "install tokenizers") from None
 
     def __len__(self):
         return self.size
@@ -201,7 +200,7 @@ Row = namedtuple("Row", "tokens segment target position source")
 def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
     turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
-    t, last, paired = TEMPLATES[template], len(sample.turns) - 1, sample.rejected is not None
+    t, first = TEMPLATES[template], len(sample.turns) - 1 if sample.rejected is not None else 0
     image = [IMAGE] * image_tokens if sample.image is not None else []
     marked = [n for n, turn in enumerate(sample.turns) for _ in re.findall("<image>", turn[0])]
     if image and len(marked) > 1:
@@ -214,7 +213,6 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
     pieces, lead, said = [], t.system, {"{system}": sample.system or t.prompt}
     if sample.separate:
         pieces, lead = [(tokenizer.template(lead + "<image>", said, image), 0, False)], ""
-    first = last if paired else 0               # the turn where the prompt ends
     for n, (question, answer) in enumerate(sample.turns):
         here = image if n == sum(marked) and not sample.separate else []    # unmarked: turn 0
         head, *tail = re.split(" *<image> *", question.strip()) if here else [question.strip()]
@@ -223,14 +221,11 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
             text = re.sub("<image>\n?{question}", "{question}<image>{tail}", text)
         ask, reply = (n + 1, n + 1) if sample.separate else (int(n > first), int(n >= first))
         pieces += [(tokenizer.template(text, said, here, inside=n > 0), ask, False),
-                   (say(answer), reply, reply > 0)]                 # (ids, segment, target)
+                   (say(answer), reply, reply > 0)]     # (token ids, segment, are they targets?)
         lead = "" if sample.separate else t.after
     pieces.append((say(sample.rejected), 2, True))
 
     prompt = sum(len(ids) for ids, segment, _ in pieces if segment == 0)
-    if not 0 < prompt < max_length:
-        raise sample.wrong(f"its prompt has {prompt} tokens ({len(image)} of the image), not 1 to "
-                           f"{max_length - 1}; raise --max-length or leave the sample out")
     columns, following = [], {0: 0}             # the next position of each segment
     for token, segment, target in ((i, *rest) for ids, *rest in pieces for i in ids):
         n = following.setdefault(segment, prompt)
@@ -238,11 +233,10 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
             before = prompt if segment and n == prompt else len(columns)
             columns.append((token, segment, target, n, before - 1))
             following[segment] = n + 1
-    row = Row(*map(list, zip(*columns)))
-    if row.tokens.count(IMAGE) < len(image):
-        raise sample.wrong(f"its picture does not fit into {max_length} tokens with the turns "
-                           "before it; raise --max-length or leave the sample out")
-    return row
+    if not 0 < prompt < max_length or sum(c[0] == IMAGE for c in columns) < len(image):
+        raise sample.wrong(f"its prompt has {prompt} tokens, its picture {len(image)}: not 1 to "
+                           f"{max_length - 1} in all; raise --max-length or leave it out")
+    return Row(*map(list, zip(*columns)))
 
 
 @dataclass
@@ -292,18 +286,17 @@ def collate(rows, pictures, index, image_size, paired, dummy=False, pack=False):
     lengths, responses, targets, pixels = [len(row.tokens) for row in rows], 1 + paired, [], []
     bins = packed(lengths) if pack else [[i] for i in range(len(rows))]
     width = max(sum(lengths[i] for i in members) for members in bins)
-    columns = torch.zeros(4, len(bins), width, dtype=torch.long)    # tokens, sample, segment, ...
+    columns = torch.zeros(4, len(bins), width, dtype=torch.long)
     columns[1] = -1
     for line, members in enumerate(bins):
         at = 0
         for i in members:
-            row, end = rows[i], at + lengths[i]
-            own = row.tokens, [i] * lengths[i], row.segment, row.position
-            columns[:, line, at:end] = torch.tensor(own)
-            targets += [(token, line * width + at + source, i * responses + (paired and segment == 2))
+            row, n, start = rows[i], lengths[i], line * width + at
+            own = row.tokens, [i] * n, row.segment, row.position
+            columns[:, line, at:at + n], at = torch.tensor(own), at + n
+            targets += [(token, start + source, i * responses + (paired and segment == 2))
                         for token, segment, target, _, source in zip(*row) if target]
-            pixels += [pictures[i]] * (pictures[i] is not None)
-            at = end
+            pixels += [pictures[i]] if pictures[i] is not None else []
     target, source, response = torch.tensor(targets, dtype=torch.long).view(-1, 3).T.contiguous()
     return Batch(*columns, target, source, response,
                  torch.stack(pixels) if pixels else torch.zeros(1, 3, image_size, image_size),
@@ -321,9 +314,8 @@ class Prepare:
         if tokenizer:                           # None: for pictures alone
             self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
-    def row(self, sample, limit=None):
-        limit = limit or self.max_length
-        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, limit)
+    def row(self, sample):
+        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, self.max_length)
 
     def picture(self, sample):
         """(3, H, W) float32, or None. As the image processors of SigLIP (squeezed into a square) or
@@ -796,7 +788,7 @@ def parse(text, number, kind, file):
         roles, texts = zip(*said)
         if roles != ("user", "assistant") * (len(said) // 2):
             raise ValueError("user and assistant do not take turns")
-        if record.get("metric", "exact") not in METRICS:
+        if (metric := record.get("metric", "exact")) not in METRICS:
             raise ValueError("metric is none of " + ", ".join(METRICS))
     except WRONG as error:
         raise BadInput(f"{file}: sample {number}: {error}; a sample has the keys "
@@ -806,9 +798,8 @@ def parse(text, number, kind, file):
     return Sample(
         str(record.get("id", number)), names[0][1] if names else None,
         list(zip(texts[::2], texts[1::2])), right[1][-1][1] if len(right) > 1 else None, kind,
-        str(record.get("category", "all")), system=system, file=str(file),
-        answers=tuple(a for _, a in right[0]) if len(right) == 1 else (),
-        metric=record.get("metric", "exact"))
+        str(record.get("category", "all")), system=system, file=str(file), metric=metric,
+        answers=tuple(a for _, a in right[0]) if len(right) == 1 else ())
 
 
 def scan(file):
@@ -852,7 +843,7 @@ class Records:
                 for key in ("annotation", "root"))] for kind, part in meta.items()]
             stats = [os.stat(path) for _, path, _ in self.parts]
             stamp = repr([skip, *((s.st_size, s.st_mtime_ns) for s in stats)])
-            if not os.access(folder, os.W_OK):
+            if not (folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK)):  # root may
                 folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
                 folder.mkdir(parents=True, exist_ok=True)
             index = folder / f"{self.file.name}.index"
@@ -876,33 +867,33 @@ class Records:
     def build(self):
         """Find all samples; each is parsed, so that training does not stop at a bad one.
         Returns (samples, 4) int64 and [digest, preferences, left_out, suspect]."""
-        digest, rows, contents, suspect = hashlib.sha256(), array("q"), array("q"), Counter()
-        several, pairs, bad = 0, 0, 0
+        rows, contents, digest = array("q"), array("q"), hashlib.sha256()
+        several, pairs, suspect = 0, 0, Counter()
         for part, (kind, file, _) in enumerate(self.parts):
             bar = tqdm(scan(file), f"{file}: index, only once", unit="", leave=False, disable=None)
             for number, (start, text) in enumerate(bar, 1):
                 digest.update(text)
                 try:
                     sample = parse(text, number, kind, file)
-                except BadInput:
-                    if not self.skip:
-                        raise
-                    bad += 1
-                else:
                     if sample is None:
                         several += 1
                         continue
-                    said = [sample.turns[-1][1], *[sample.rejected][:sample.rejected is not None]]
-                    pairs += len(said) - 1
-                    suspect["have the same chosen and rejected response"] += said[1:] == said[:1]
-                    suspect["have an empty response"] += not all(map(str.strip, said))
-                    contents.append(hash((kind, sample.image, *sample.turns, sample.rejected)))
+                    chosen, rejected = sample.turns[-1][1], sample.rejected
+                    pairs += rejected is not None
+                    suspect["have the same chosen and rejected response"] += chosen == rejected
+                    suspect["have an empty response"] += (
+                        not chosen.strip() or rejected is not None and not rejected.strip())
+                    contents.append(hash((kind, sample.image, *sample.turns, rejected)))
+                except BadInput:
+                    if not self.skip:
+                        raise
                 rows.extend((part, number, start, len(text)))
-        good, suspect["are there before"] = len(contents), len(contents) - len(np.unique(contents))
+        found, good = len(rows) // 4, len(contents)
         if not good or pairs not in (0, good):
-            raise BadInput(f"{self.file}: {good + bad or 'no'} samples, {pairs} of them with "
+            raise BadInput(f"{self.file}: {found or 'no'} samples, {pairs} of them with "
                            f"\"rejected\", {several} left out: give some, with it in all or none")
-        return (torch.frombuffer(rows, dtype=torch.int64).view(-1, 4),
+        suspect["are there before"] = good - len(np.unique(contents))
+        return (torch.frombuffer(rows, dtype=torch.int64).view(found, 4),
                 [digest.hexdigest(), pairs > 0, {"several pictures": several}, suspect])
 
     def __len__(self):
@@ -925,18 +916,21 @@ class Records:
     def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
         """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
         whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
-        def length(i):              # 0 if it is bad, which Steps will find
-            try:
-                return len(prepare.row(replace(self[i], rejected=None), 1 << 30).tokens)
-            except BadInput:
-                return 0
+        order, self.left_out["too long"] = permutation(len(self), seed).tolist(), 0
 
-        order, kept, limit = permutation(len(self), seed).tolist(), [], max_prompt_chosen
-        for seen, i in enumerate(tqdm(order, "selecting", leave=False, disable=None), 1):
-            kept += [i] * (not limit or length(i) <= limit)
-            self.left_out["too long"] = seen - len(kept)
-            if len(kept) == take:
-                break
+        def fits(i):
+            try:
+                row = encode(replace(self[i], rejected=None), prepare.tokenizer, prepare.template,
+                             prepare.encoder.tokens, max_length=1 << 30)
+            except BadInput:                        # not for its length: Steps will find it
+                return True
+            long = len(row.tokens) > limit
+            self.left_out["too long"] += long
+            return not long
+
+        if limit := max_prompt_chosen:
+            order = filter(fits, tqdm(order, "selecting", leave=False, disable=None))
+        kept = [i for _, i in zip(range(take or len(self)), order)]
         if not kept:
             raise BadInput(f"{self.file}: no sample has at most {limit} tokens")
         self.rows = self.rows[kept]
