@@ -122,8 +122,8 @@ class Tokenizer:
             self.special, self.size = ids, max([self.words, *(i + 1 for i in ids.values())])
             self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
         except Exception as error:              # the two packages raise whatever they like
-            raise BadInput(f"{self.file}: cannot be read ({error!r}); for tokenizer.json: pip "
-                           "install tokenizers") from None
+            hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
+            raise BadInput(f"{self.file}: cannot be read ({error!r}){hint}") from None
 
     def __len__(self):
         return self.size
@@ -881,8 +881,8 @@ class Records:
                     chosen, rejected = sample.turns[-1][1], sample.rejected
                     pairs += rejected is not None
                     suspect["have the same chosen and rejected response"] += chosen == rejected
-                    suspect["have an empty response"] += (
-                        not chosen.strip() or rejected is not None and not rejected.strip())
+                    suspect["have an empty response"] += not (chosen.strip() and (
+                        rejected is None or rejected.strip()))
                     contents.append(hash((kind, sample.image, *sample.turns, rejected)))
                 except BadInput:
                     if not self.skip:
@@ -924,15 +924,15 @@ class Records:
                              prepare.encoder.tokens, max_length=1 << 30)
             except BadInput:                        # not for its length: Steps will find it
                 return True
-            long = len(row.tokens) > limit
+            long = len(row.tokens) > max_prompt_chosen
             self.left_out["too long"] += long
             return not long
 
-        if limit := max_prompt_chosen:
+        if max_prompt_chosen:
             order = filter(fits, tqdm(order, "selecting", leave=False, disable=None))
         kept = [i for _, i in zip(range(take or len(self)), order)]
         if not kept:
-            raise BadInput(f"{self.file}: no sample has at most {limit} tokens")
+            raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
         self.rows = self.rows[kept]
         self.digest = hashlib.sha256(self.digest.encode() + self.rows.tobytes()).hexdigest()
         return self
