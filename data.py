@@ -14,7 +14,7 @@ import random
 import re
 import warnings
 from array import array
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageOps
-from torch.nn.utils.rnn import pad_sequence
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 CHOSEN, REJECTED = 0, 1     # columns of logps: (samples, responses)
@@ -86,12 +87,14 @@ TEMPLATES = {           # as in LLaVA, whose "plain", without the question, is o
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions.")}
 ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
-PIECES = re.compile(r"(<\|\w+\|>|</?s>|<image>|{\w+})")     # what in a template is not text
+SPECIAL = r"<\|\w+\|>|</?s>"
+PIECES = re.compile(rf"({SPECIAL}|<image>|{{\w+}})")        # what in a template is not text
 
 
 class Tokenizer:
     """sentencepiece's tokenizer.model or, where there is none, tokenizer.json. `special`: ids of
-    special and added tokens, which `encode` never makes of a text and `decode` leaves out."""
+    special and added tokens, which `encode` never makes of a text and `decode` leaves out; `words`
+    and `size`: how many ids there are without and with them."""
     FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
              "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
@@ -106,18 +109,17 @@ class Tokenizer:
             ids = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
             ids |= {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
             if self.file.suffix == ".model":
-                self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-                size, self.bare = len(self.sp), config.get("legacy") is False
-                ids |= {self.sp.id_to_piece(i): i for i in range(size)
-                        if self.sp.is_control(i) or self.sp.is_unknown(i)}
+                self.model = sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+                ids |= {sp.id_to_piece(i): i for i in range(len(sp))
+                        if sp.is_control(i) or sp.is_unknown(i)}
+                self.bare, self.words = config.get("legacy") is False, len(sp)
             else:
                 import tokenizers
                 spec |= {"added_tokens": [], "post_processor": None, "truncation": None}
-                self.sp, self.fast = None, tokenizers.Tokenizer.from_str(json.dumps(spec))
+                self.model = tokenizers.Tokenizer.from_str(json.dumps(spec))
                 self.bare = "'first'" in str(spec["pre_tokenizer"])
-                size = 1 + max(self.fast.get_vocab().values())
-            self.special, self.size = ids, max([size, *(i + 1 for i in ids.values())])
-            self.words = size                   # ids that text alone can become
+                self.words = 1 + max(self.model.get_vocab().values())
+            self.special, self.size = ids, max([self.words, *(i + 1 for i in ids.values())])
             self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
         except Exception as error:              # the two packages raise whatever they like
             hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
@@ -128,27 +130,29 @@ class Tokenizer:
 
     def encode(self, text, inside=False):
         """inside: other text goes before, so that Llama's tokenizers put no space in front."""
-        ids = self.sp.encode(text) if self.sp else self.fast.encode(text).ids
+        ids = self.model.encode(text)
+        ids = getattr(ids, "ids", ids)
         if inside:
             before, both = self.encode("\n"), self.encode("\n" + text)
             ids = both[len(before):] if both[:len(before)] == before else ids
         return ids
 
     def decode(self, ids):
-        ids = [int(i) for i in ids if 0 <= i < self.size and int(i) not in self.special.values()]
-        return self.sp.decode(ids) if self.sp else self.fast.decode(ids)
+        special = self.special.values()
+        return self.model.decode([int(i) for i in ids if 0 <= i < self.size and i not in special])
 
     def check(self, vocab_size, template):
         """Every id that a sample may get must have a row in the LLM's embedding."""
-        names = {*PIECES.findall(" ".join(vars(TEMPLATES[template]).values()))}
-        used = [self.end, *(self.special[name] for name in names & self.special.keys())]
-        if max(self.words - 1, *used) >= vocab_size or min(used) < 0:
+        names = {*re.findall(SPECIAL, repr(TEMPLATES[template]))} & self.special.keys()
+        used = [self.words - 1, self.end, *(self.special[name] for name in names)]
+        if max(used) >= vocab_size or min(used) < 0:
             raise BadInput(f"{self.file}: has ids up to {self.size - 1}, the LLM {vocab_size} of "
                            "them: it is not this LLM's tokenizer")
 
     def template(self, text, said={}, image=(), inside=False):
         """Token ids of a template's text. said: what people say, for its {names}; image: ids for
         its <image>; inside: a special token goes before. In between, text is encoded as one."""
+        said = said if image else {"<image>": "", **said}
         ids, run, inside = [], "", inside and self.bare
         for piece in PIECES.split(text):
             if piece in said or not PIECES.fullmatch(piece):
@@ -180,10 +184,10 @@ def choose_template(folder):
     """The template that an LLM folder's own spells, or the first whose special tokens it has."""
     tokenizer, own = Tokenizer(folder), ("tokenizer_config.json", "chat_template.jinja")
     own = " ".join(f.read_text("utf-8", "replace") for f in tokenizer.files if f.name in own)
-    able = [name for name, t in TEMPLATES.items() if t.end and tokenizer.special.keys() >= {
-        *PIECES.findall(t.system + t.turn + t.end)} - {"<image>", "{question}", "{system}"}]
-    start = {name: re.split("user|<image>", TEMPLATES[name].turn)[0] for name in able}
-    return next((name for name in able if start[name] in own), [*able, "plain"][0])
+    able = [name for name, t in TEMPLATES.items() if t.end and
+            tokenizer.special.keys() >= {*re.findall(SPECIAL, repr(t))}]
+    spelled = [n for n in able if re.split("user|<image>", TEMPLATES[n].turn)[0] in own]
+    return [*spelled, *able, "plain"][0]
 
 
 # --------------------------------------------------------------------------------- rows and batches
@@ -196,7 +200,7 @@ Row = namedtuple("Row", "tokens segment target position source")
 def encode(sample, tokenizer, template, image_tokens, max_length):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
     turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
-    t, last, paired = TEMPLATES[template], len(sample.turns) - 1, sample.rejected is not None
+    t, first = TEMPLATES[template], len(sample.turns) - 1 if sample.rejected is not None else 0
     image = [IMAGE] * image_tokens if sample.image is not None else []
     marked = [n for n, turn in enumerate(sample.turns) for _ in re.findall("<image>", turn[0])]
     if image and len(marked) > 1:
@@ -211,23 +215,17 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
         pieces, lead = [(tokenizer.template(lead + "<image>", said, image), 0, False)], ""
     for n, (question, answer) in enumerate(sample.turns):
         here = image if n == sum(marked) and not sample.separate else []    # unmarked: turn 0
-        parts = re.split(" *<image> *", question.strip()) if here else [question.strip()]
-        text, said = lead + t.turn.rstrip(" "), said | dict(zip(("{question}", "{tail}"), parts))
-        if not here or len(parts) > 1 and "{question}" in text:
-            text = re.sub("<image>\n?", "", text)
-        if len(parts) > 1:
-            text = text.replace("{question}", "{question}<image>{tail}")
-        counts = n == last or not paired        # what precedes a preference's last answer: prompt
-        ask, reply = (n + 1, n + 1) if sample.separate else (int(n > 0 and not paired), int(counts))
+        head, *tail = re.split(" *<image> *", question.strip()) if here else [question.strip()]
+        text, said = lead + t.turn.rstrip(" "), said | {"{question}": head, "{tail}": "".join(tail)}
+        if tail or not here:                    # the picture does not stand before the question
+            text = re.sub("<image>\n?{question}", "{question}<image>{tail}", text)
+        ask, reply = (n + 1, n + 1) if sample.separate else (int(n > first), int(n >= first))
         pieces += [(tokenizer.template(text, said, here, inside=n > 0), ask, False),
-                   (say(answer), reply, counts)]                    # (ids, segment, target)
+                   (say(answer), reply, reply > 0)]     # (token ids, segment, are they targets?)
         lead = "" if sample.separate else t.after
     pieces.append((say(sample.rejected), 2, True))
 
     prompt = sum(len(ids) for ids, segment, _ in pieces if segment == 0)
-    if not 0 < prompt < max_length:
-        raise sample.wrong(f"its prompt has {prompt} tokens ({len(image)} of the image), not 1 to "
-                           f"{max_length - 1}; raise --max-length or leave the sample out")
     columns, following = [], {0: 0}             # the next position of each segment
     for token, segment, target in ((i, *rest) for ids, *rest in pieces for i in ids):
         n = following.setdefault(segment, prompt)
@@ -235,9 +233,9 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
             before = prompt if segment and n == prompt else len(columns)
             columns.append((token, segment, target, n, before - 1))
             following[segment] = n + 1
-    if sum(token == IMAGE for token, *_ in columns) < len(image):
-        raise sample.wrong(f"its picture does not fit into {max_length} tokens with the turns "
-                           "before it; raise --max-length or leave the sample out")
+    if not 0 < prompt < max_length or sum(c[0] == IMAGE for c in columns) < len(image):
+        raise sample.wrong(f"its prompt has {prompt} tokens, its picture {len(image)}: not 1 to "
+                           f"{max_length - 1} in all; raise --max-length or leave it out")
     return Row(*map(list, zip(*columns)))
 
 
@@ -285,25 +283,22 @@ def packed(lengths):
 def collate(rows, pictures, index, image_size, paired, dummy=False, pack=False):
     """Rows, their pictures (a (3, H, W) tensor or None each) and data set indices -> Batch.
     paired: with the rejected responses. pack: several samples to a row, instead of padding."""
-    bins = packed([len(row.tokens) for row in rows]) if pack else [[i] for i in range(len(rows))]
-    width = max(sum(len(rows[i].tokens) for i in members) for members in bins)
-    columns, targets, responses = [], [], 1 + paired
+    lengths, responses, targets, pixels = [len(row.tokens) for row in rows], 1 + paired, [], []
+    bins = packed(lengths) if pack else [[i] for i in range(len(rows))]
+    width = max(sum(lengths[i] for i in members) for members in bins)
+    columns = torch.zeros(4, len(bins), width, dtype=torch.long)
+    columns[1] = -1
     for line, members in enumerate(bins):
-        at, lists = 0, [[], [], [], []]                 # tokens, sample, segment, position
+        at = 0
         for i in members:
-            row = rows[i]
-            targets += [(row.tokens[t], line * width + at + row.source[t],
-                         i * responses + (paired and row.segment[t] == 2))
-                        for t in range(len(row.tokens)) if row.target[t]]
-            own = row.tokens, [i] * len(row.tokens), row.segment, row.position
-            lists = [whole + list(part) for whole, part in zip(lists, own)]
-            at += len(row.tokens)
-        columns.append([torch.tensor(x, dtype=torch.long) for x in lists])
-    tokens, sample, segment, position = (pad_sequence(column, True, value) for column, value in
-                                         zip(zip(*columns), (0, -1, 0, 0)))
+            row, n, start = rows[i], lengths[i], line * width + at
+            own = row.tokens, [i] * n, row.segment, row.position
+            columns[:, line, at:at + n], at = torch.tensor(own), at + n
+            targets += [(token, start + source, i * responses + (paired and segment == 2))
+                        for token, segment, target, _, source in zip(*row) if target]
+            pixels += [pictures[i]] if pictures[i] is not None else []
     target, source, response = torch.tensor(targets, dtype=torch.long).view(-1, 3).T.contiguous()
-    pixels = [pictures[i] for members in bins for i in members if pictures[i] is not None]
-    return Batch(tokens, sample, segment, position, target, source, response,
+    return Batch(*columns, target, source, response,
                  torch.stack(pixels) if pixels else torch.zeros(1, 3, image_size, image_size),
                  torch.tensor(index), responses, len(pixels), dummy)
 
@@ -319,27 +314,24 @@ class Prepare:
         if tokenizer:                           # None: for pictures alone
             self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
-    def row(self, sample, limit=None):
-        limit = limit or self.max_length
-        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, limit)
+    def row(self, sample):
+        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, self.max_length)
 
     def picture(self, sample):
         """(3, H, W) float32, or None. As the image processors of SigLIP (squeezed into a square) or
         CLIP (shortest edge resized, centre cut out); first frame, upright, without alpha."""
         image, c, size = sample.image, self.encoder, self.encoder.image_size
-        edge = c.shortest_edge
         if image is None:
             return None
         try:
             with warnings.catch_warnings():     # up to twice its limit Pillow only warns
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = image if isinstance(image, Image.Image) else Image.open(image,
-                                                                                formats=PICTURES)
+                if not isinstance(image, Image.Image):
+                    image = Image.open(image, formats=PICTURES)
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":           # 16 bits: Pillow would clip, not scale
-                values = np.asarray(image, np.float32) / 257
-                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            image, edge = image.convert("RGB"), c.shortest_edge
             width, height = (edge * n // min(image.size) if edge else size for n in image.size)
             if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"a strip of {image.size}, {(width, height)} when resized")
@@ -361,9 +353,8 @@ class Prepare:
         if blank:
             pictures = [None if p is None else torch.zeros_like(p) for p in pictures]
         paired = any(s.rejected is not None for s in samples)
-        index = list(index or range(len(rows)))
-        return collate(rows, pictures, index, self.encoder.image_size, paired, dummy,
-                       self.pack and answers)
+        return collate(rows, pictures, list(index or range(len(rows))), self.encoder.image_size,
+                       paired, dummy, self.pack and answers)
 
 
 @functools.lru_cache(2)
@@ -381,20 +372,19 @@ def shuffled(step, batch, length, seed):
 class Steps(torch.utils.data.Dataset):
     """steps[k] = the micro-batches of this rank for step k. All ranks get equally many; one that
     runs short gets a dummy of weight zero, because collectives must be called by everyone.
-
-    skipped: a file for what is wrong with bad samples; the next one of the data set stands in for
-    each, which depends on the data alone. None: the first bad sample stops the run."""
+    skipped: a file for what is wrong with bad samples; the next good one of the data set stands in
+    for each, which depends on the data alone. None: the first bad sample stops the run."""
 
     def __init__(self, data, prepare, steps, batch, micro, seed, rank=0, world=1, skipped=None):
         self.data, self.prepare, self.steps, self.batch = data, prepare, steps, batch
-        self.seed, self.rank, self.world = seed, rank, world
-        self.micro, self.skipped = min(micro, math.ceil(batch / world)), skipped
+        self.seed, self.rank, self.world, self.skipped = seed, rank, world, skipped
+        self.share, self.micro = math.ceil(batch / world), min(micro, math.ceil(batch / world))
 
     def __len__(self):
         return self.steps
 
     def good(self, i):
-        """i, or the next sample that can be prepared."""
+        """i, or the next sample that can be prepared. Each is prepared once more for it."""
         for i in (k % len(self.data) for k in range(i, i + min(1000, len(self.data)))):
             try:
                 return self.prepare([self.data[i]]) and i
@@ -405,16 +395,10 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
-        for start in range(0, math.ceil(self.batch / self.world), self.micro):
+        for start in range(0, self.share, self.micro):
             mine = everyone[self.rank::self.world][start:start + self.micro]
-            index = mine or everyone[:1]
-            try:
-                batches.append(self.prepare([self.data[i] for i in index], index, not mine))
-            except BadInput:
-                if not self.skipped:
-                    raise
-                index = [self.good(i) for i in index]
-                batches.append(self.prepare([self.data[i] for i in index], index, not mine))
+            index = [self.good(i) if self.skipped else i for i in mine or everyone[:1]]
+            batches.append(self.prepare([self.data[i] for i in index], index, not mine))
         return batches
 
 
@@ -809,7 +793,7 @@ def parse(text, number, kind, file):
         roles, texts = zip(*said)
         if roles != ("user", "assistant") * (len(said) // 2):
             raise ValueError("user and assistant do not take turns")
-        if record.get("metric", "exact") not in METRICS:
+        if (metric := record.get("metric", "exact")) not in METRICS:
             raise ValueError("metric is none of " + ", ".join(METRICS))
     except WRONG as error:
         raise BadInput(f"{file}: sample {number}: {error}; a sample has the keys "
@@ -819,38 +803,35 @@ def parse(text, number, kind, file):
     return Sample(
         str(record.get("id", number)), names[0][1] if names else None,
         list(zip(texts[::2], texts[1::2])), right[1][-1][1] if len(right) > 1 else None, kind,
-        str(record.get("category", "all")), system=system, file=str(file),
-        answers=tuple(a for _, a in right[0]) if len(right) == 1 else (),
-        metric=record.get("metric", "exact"))
+        str(record.get("category", "all")), system=system, file=str(file), metric=metric,
+        answers=tuple(a for _, a in right[0]) if len(right) == 1 else ())
 
 
 def scan(file):
     """(first byte, text) of every line of a JSONL, or of every record of a JSON array."""
-    decode, gap, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
     with open(file, "rb") as f:
-        is_array = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        is_array, at = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["), 0
         f.seek(0)
         for line in () if is_array else f:
-            yield at, line
+            if line.strip():
+                yield at, line
             at += len(line)
         text = f.read().decode("latin-1")           # a character is a byte: good enough to scan
-    at = text.find("[") + 1
-    while is_array and not text.startswith("]", at := gap.match(text, at).end()):
+    decode, gap, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), text.find("[") + 1
+    while is_array and at <= len(text) and not text.startswith(
+            "]", at := gap.match(text, at).end()):
         try:
             end = decode(text, at)[1]
-        except (RecursionError, ValueError):        # `parse` will say what is wrong with it
-            end = len(text)
-        yield at, text[at:end].encode("latin-1") or b"the array is not closed"
-        if at == len(text):
-            return
+        except (RecursionError, ValueError):        # `parse` will say what is wrong with the rest
+            end = len(text) + 1
+        yield at, text[at:end].encode("latin-1")
         at = end
 
 
 class Records:
     """Samples of a file in any of the FORMATS, or of all files that MMPR's meta.json names. They
-    are found once, then read one at a time through an index that is mapped into memory, rows of 4
-    8-byte words: a hash of the files' sizes and times; one of their lines; numbers of samples, see
-    `build`, in two rows; then for every sample its file, number, first byte and length.
+    are found once, then read one at a time through an index beside the file, mapped into memory:
+    every sample's file, number, first byte and length.
     preferences: have the samples a rejected answer? left_out, suspect: {reason: how many}
     skip: records that cannot be read stay in, and are an error only when they are asked for"""
 
@@ -866,62 +847,59 @@ class Records:
                 [base / part[key] for base in bases if (base / part[key]).exists()][0])
                 for key in ("annotation", "root"))] for kind, part in meta.items()]
             stats = [os.stat(path) for _, path, _ in self.parts]
-            stamp = repr([2, *((s.st_size, s.st_mtime_ns) for s in stats)]).encode()
-            stamp = hashlib.sha256(stamp).digest()
+            stamp = repr([skip, *((s.st_size, s.st_mtime_ns) for s in stats)])
             if not (folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK)):  # root may
                 folder = Path.home() / ".cache/pivot" / folder.relative_to("/")
                 folder.mkdir(parents=True, exist_ok=True)
             index = folder / f"{self.file.name}.index"
-            known = np.fromfile(index, "u8", 14) if index.exists() else []
-            if len(known) < 14 or known[:4].tobytes() != stamp or known[13] and not skip:
+            try:
+                with safe_open(index, "pt") as f:
+                    known, rows = f.metadata() or {}, f.get_tensor("rows")
+            except (OSError, SafetensorError):      # there is none, or it is damaged
+                known = {}
+            if known.get("stamp") != stamp:
+                rows, numbers = self.build()
+                known = {"stamp": stamp, "numbers": json.dumps(numbers)}
                 part = folder / f"{index.name}.{os.urandom(4).hex()}.part"
-                header, found = self.build(skip)
-                with open(part, "wb") as out:
-                    out.write(stamp + header)
-                    found.tofile(out)
+                save_file({"rows": rows}, part, known)
                 os.replace(part, index)
-            rows = np.memmap(index, "u8", "r").reshape(-1, 4)
-        except (OSError, *WRONG) as error:
+        except (OSError, SafetensorError, *WRONG) as error:
             raise BadInput(f"{file}: cannot be read, or a file that it names is nowhere below "
                            f"{bases[0]} ({error!r}); is --image-root right?") from None
-        self.digest, self.rows, self.preferences = rows[1].tobytes(), rows[4:], bool(rows[2, 1])
-        self.left_out = {"several pictures": int(rows[2, 0])}
-        self.suspect = dict(zip(("have the same chosen and rejected response", "have an empty "
-                                 "response", "are there before"), map(int, rows[2:4].flat[2:5])))
+        self.rows = rows.numpy()
+        self.digest, self.preferences, self.left_out, self.suspect = json.loads(known["numbers"])
 
-    def build(self, skip):
-        """Find all samples. Each is parsed, so that training does not stop at a bad one. Returns
-        the header's two rows of numbers with the lines' hash, and the rows of the samples."""
-        digest, rows, several, pairs, same, empty, bad = hashlib.sha256(), array("Q"), 0, 0, 0, 0, 0
-        contents = array("Q")                           # a hash of each sample, to find it again
+    def build(self):
+        """Find all samples; each is parsed, so that training does not stop at a bad one.
+        Returns (samples, 4) int64 and [digest, preferences, left_out, suspect]."""
+        rows, contents, digest = array("q"), array("q"), hashlib.sha256()
+        several, pairs, suspect = 0, 0, Counter()
         for part, (kind, file, _) in enumerate(self.parts):
             bar = tqdm(scan(file), f"{file}: index, only once", unit="", leave=False, disable=None)
             for number, (start, text) in enumerate(bar, 1):
                 digest.update(text)
-                if text.strip():
-                    try:
-                        sample = parse(text, number, kind, file)
-                    except BadInput:
-                        if not skip:
-                            raise
-                        rows.extend((part, number, start, len(text)))
-                        bad += 1
+                try:
+                    sample = parse(text, number, kind, file)
+                    if sample is None:
+                        several += 1
                         continue
-                    several += sample is None
-                    if sample:
-                        rows.extend((part, number, start, len(text)))
-                        answer, worse = sample.turns[-1][1], sample.rejected
-                        pairs += worse is not None
-                        same += answer == worse
-                        empty += not answer.strip() or worse is not None and not worse.strip()
-                        content = repr((kind, sample.image, sample.turns, worse)).encode()
-                        contents.frombytes(hashlib.blake2b(content, digest_size=8).digest())
-        if len(rows) // 4 <= bad or pairs not in (0, len(rows) // 4 - bad):
-            raise BadInput(f"{self.file}: {len(rows) // 4 or 'no'} samples, {pairs} of them with "
+                    chosen, rejected = sample.turns[-1][1], sample.rejected
+                    pairs += rejected is not None
+                    suspect["have the same chosen and rejected response"] += chosen == rejected
+                    suspect["have an empty response"] += not (chosen.strip() and (
+                        rejected is None or rejected.strip()))
+                    contents.append(hash((kind, sample.image, *sample.turns, rejected)))
+                except BadInput:
+                    if not self.skip:
+                        raise
+                rows.extend((part, number, start, len(text)))
+        found, good = len(rows) // 4, len(contents)
+        if not good or pairs not in (0, good):
+            raise BadInput(f"{self.file}: {found or 'no'} samples, {pairs} of them with "
                            f"\"rejected\", {several} left out: give some, with it in all or none")
-        twice = len(contents) - len(np.unique(contents))
-        numbers = several, pairs, same, empty, twice, bad, 0, 0
-        return digest.digest() + array("Q", numbers).tobytes(), rows
+        suspect["are there before"] = good - len(np.unique(contents))
+        return (torch.frombuffer(rows, dtype=torch.int64).view(found, 4),
+                [digest.hexdigest(), pairs > 0, {"several pictures": several}, suspect])
 
     def __len__(self):
         return len(self.rows)
@@ -943,25 +921,27 @@ class Records:
     def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
         """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
         whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
-        order, limit = permutation(len(self), seed).tolist(), max_prompt_chosen
+        order, self.left_out["too long"] = permutation(len(self), seed).tolist(), 0
 
         def fits(i):
             try:
-                return len(prepare.row(replace(self[i], rejected=None), 1 << 30).tokens) <= limit
-            except BadInput:
-                if not self.skip:
-                    raise
+                row = encode(replace(self[i], rejected=None), prepare.tokenizer, prepare.template,
+                             prepare.encoder.tokens, max_length=1 << 30)
+            except BadInput:                        # not for its length: Steps will find it
+                return True
+            long = len(row.tokens) > max_prompt_chosen
+            self.left_out["too long"] += long
+            return not long
 
-        fitting = (i for i in tqdm(order, "selecting", leave=False, disable=None)
-                   if not limit or fits(i))
-        kept = [i for _, i in zip(range(take or len(order)), fitting)]
+        if max_prompt_chosen:
+            order = filter(fits, tqdm(order, "selecting", leave=False, disable=None))
+        kept = [i for _, i in zip(range(take or len(self)), order)]
         if not kept:
-            raise BadInput(f"{self.file}: no sample has at most {limit} tokens")
-        seen = order.index(kept[-1]) + 1 if len(kept) == take else len(order)
-        self.rows, self.left_out["too long"] = self.rows[kept], seen - len(kept)
-        self.digest = hashlib.sha256(self.digest + self.rows.tobytes()).digest()
+            raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
+        self.rows = self.rows[kept]
+        self.digest = hashlib.sha256(self.digest.encode() + self.rows.tobytes()).hexdigest()
         return self
 
     def fingerprint(self):
         """Of all lines, kept in the index, and of what is selected from them."""
-        return self.digest.hex()
+        return self.digest

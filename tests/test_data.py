@@ -1,5 +1,4 @@
-"""Tokenizer, template, rows, sampler, the world, the readers."""
-import json
+"""Tokenizer, template, rows, sampler, the world; test_formats has the readers."""
 from collections import Counter
 
 import numpy as np
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-import model as m
 from data import IMAGE, BadInput, Sample
 
 
@@ -197,47 +195,3 @@ def test_chosen_and_rejected_could_be_exchanged():
         n = chosen[key] + rejected[key]
         assert abs(chosen[key] - rejected[key]) < 4 * n ** .5 + 1, (key, chosen[key], rejected[key])
     assert len(world) == 12000 and len(chosen) > 60
-
-
-# -------------------------------------------------------------------------------------------------------------- readers
-
-def write(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
-
-
-def test_readers_know_their_formats(tmp_path):
-    Image.new("RGBA", (40, 10)).save(tmp_path / "a.png")
-    talk = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "yes"},
-            {"from": "human", "value": "so"}, {"from": "gpt", "value": "no"}]
-    llava = [{"id": "7", "image": "a.png", "conversations": talk}, {"conversations": talk[2:]}]
-    (tmp_path / "llava.json").write_text(json.dumps(llava))
-    for file in (tmp_path / "llava.json", write(tmp_path / "llava.jsonl", llava)):
-        records = data.Records(file)
-        assert len(records) == 2 and not records.preferences
-        assert records[0].turns == [("<image>\nhi", "yes"), ("so", "no")] and records[0].image == tmp_path / "a.png"
-        assert records[1].image is None and records[0].id == "7"
-    mmpr = write(tmp_path / "mmpr.jsonl", [{"image": "a.png", "question": "q", "chosen": "c", "rejected": "r"}] * 3)
-    (tmp_path / "mmpr.jsonl").write_text(mmpr.read_text() + "\n\n")     # trailing blank lines are no samples
-    (tmp_path / "paper.json").write_text(json.dumps(
-        [{"image": "a.png", "prompt": "q", "chosen": "c", "rejected": "r"}]))
-    for file in (mmpr, tmp_path / "paper.json"):
-        records = data.Records(file)
-        assert records.preferences and len(records) == (3 if file == mmpr else 1)
-        assert (records[0].turns, records[0].rejected) == ([("q", "c")], "r")
-    prepare = type("P", (), {"encoder": m.EncoderConfig()})
-    assert data.Prepare.picture(prepare, records[0]).shape == (3, 48, 48)
-
-
-@pytest.mark.parametrize("content, message", [
-    ("", "no samples"), ("{", "sample 1: Expecting"), ("[{]", "sample 1: Expecting"), ("[]", "no samples"), ("3\n", "not a JSON object"),
-    ('{"image": "../../etc/passwd", "question": "q", "chosen": "c", "rejected": "r"}', "outside"),
-    ('{"question": "q", "chosen": 3, "rejected": "r"}', "chosen"), ('{"conversations": []}', "conversations"),
-    ('{"conversations": [{"from": "human", "value": "q"}]}', "conversations"),
-    ('{"image": "no.png", "question": "q", "chosen": "c", "rejected": "r"}', "no.png")])
-def test_bad_records_are_named(tmp_path, content, message):
-    (tmp_path / "bad.jsonl").write_text(content)
-    with pytest.raises(BadInput, match=message) as error:
-        sample = data.Records(tmp_path / "bad.jsonl")[0]
-        data.Prepare.picture(type("P", (), {"encoder": m.EncoderConfig()}), sample)
-    assert "bad.jsonl" in str(error.value) or "no.png" in str(error.value)

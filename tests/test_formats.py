@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import data
@@ -276,52 +274,16 @@ def test_mmpr_is_one_data_set(tmp_path):
     assert len(data.Records(tmp_path / "meta.json", base)) == 6
 
 
-GOOD = json.dumps({**PAIR, "id": "1"}).encode()
-HOSTILE = {     # content of a JSONL -> how many samples, or what the error says
-    b"\xef\xbb\xbf" + GOOD: 1, GOOD + b"\r\n" + GOOD + b"\r\n": 2, b"\n\n" + GOOD + b"\n \n": 1, GOOD: 1,
-    json.dumps({**PAIR, "question": "long " * 2_000_000}).encode(): 1, json.dumps({**PAIR, "question": "a\0b"}).encode(): 1,
-    b'{"a": "\0"}': "Invalid control", GOOD + b"\n\0": "sample 2", GOOD[:-9] + b'\xff"}': "sample 1.*utf-8",
-    b"[" * 100000: "recursion", b'{"question":' * 100000: "recursion", b"\x80\x04pickle": "sample 1", GOOD * 2: "Extra data",
-    b'{"id": ' + b"9" * 9999 + b"}": "sample 1", GOOD.decode().encode("utf-16"): "sample 1", b"null": "not a JSON object",
-    b"{}": "keys", b'[{"annotation"': "cannot be read", b'{"annotation"': "cannot be read", b'{"a": {"annotation": 1}}': "cannot be read"}
+HOSTILE = {     # content of a file -> what the error says; more of it in test_hostile
+    "": "no samples", "[]": "no samples", "{": "sample 1: Expecting", "[{]": "sample 1: Expecting", "3\n": "not a JSON object",
+    '[{"annotation"': "cannot be read", '{"annotation"': "cannot be read", '{"a": {"annotation": 1}}': "cannot be read"}
 
 
-@pytest.mark.parametrize("content", list(HOSTILE), ids=range(len(HOSTILE)))
-def test_hostile_lines(tmp_path, content):
-    (tmp_path / "x.jsonl").write_bytes(content)
-    if isinstance(HOSTILE[content], int):
-        records = data.Records(tmp_path / "x.jsonl")
-        assert [s.rejected for s in records] == ["r"] * HOSTILE[content]
-    else:
-        with pytest.raises(BadInput, match=f"x.jsonl.*{HOSTILE[content]}") as error:
-            data.Records(tmp_path / "x.jsonl")
-        assert "\n" not in str(error.value) and len(str(error.value)) <= 1000
-
-
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
-    ["user", "gpt", "<image>", "a.png", "vqa"]), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["from", "value", "role", "content", "type", "text"]), inner, max_size=3), max_leaves=8)
-
-
-@settings(max_examples=800, deadline=None)
-@given(record=st.dictionaries(st.sampled_from("id image images conversations messages question prompt chosen rejected "
-                                              "answers answer category metric".split()), JSON), raw=st.binary(max_size=40))
-def test_any_record_is_a_sample_or_named(tokenizer, record, raw):
-    for text in (json.dumps(record).encode(), raw, json.dumps(record).encode()[:-3]):
-        try:
-            sample = data.parse(text, 1, "x", "x.jsonl")
-        except BadInput as error:
-            assert str(error).startswith("x.jsonl: sample 1: ") and "\n" not in str(error)
-        else:
-            assert sample is None or data.encode(sample, tokenizer, "chatml", 4, 10 ** 6).tokens
-
-
-@pytest.mark.parametrize("name", ["../x.png", "/etc/passwd", "a/../../x.png"])
-def test_pictures_outside_the_root_are_refused(tmp_path, name):
-    (tmp_path / "in").mkdir()
-    records = data.Records(write(tmp_path / "in" / "x.jsonl", [{"image": name, **PAIR}]))
-    with pytest.raises(BadInput, match="x.jsonl: sample 1: .* outside"):
-        records[0]
+@pytest.mark.parametrize("content", list(HOSTILE))
+def test_hostile_files(tmp_path, content):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(BadInput, match=f"x.jsonl.*{HOSTILE[content]}"):
+        data.Records(tmp_path / "x.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------------------- index
