@@ -239,11 +239,14 @@ def values(table, metrics):
 
 
 DIFFERENCE = ["difference", "measure", "seeds", "mean", "95% +-", "detectable", "verdict"]
-FINDINGS = [
+CONTROL = "No claim of the paper: "
+FINDINGS = [    # title, claim, measures, pairs of rows; the table of all has the first measure of DPO - SFT or the first pair
+    ("1. A larger encoder, frozen, in a fresh MLLM", "A larger encoder helps, most where fine vision is needed.",
+     ["PIVOT: visual", "PIVOT: ocr", "PIVOT: vision", "PIVOT: knowledge"], [("original", "larger original")]),
     ("2. DPO and SFT under the LLM", "DPO is better than SFT, mostly on strongly visual questions.",
      ["visual", "general", "knowledge", "ocr", "vision", "absent objects", "text only", "pairs"],
      [("base", "SFT"), ("base", "DPO"), ("SFT", "DPO"), ("SFT x 2", "DPO")]),
-    ("2b. The same with blank images", "No claim of the paper: whoever answers without looking shows here.",
+    ("2b. The same with blank images", CONTROL + "whoever answers without looking shows here.",
      ["blank: visual", "blank: absent objects"], [("base", "DPO"), ("SFT", "DPO")]),
     ("3. The encoder by itself: linear probes", "Post-training rewrites the encoder; DPO's is better than SFT's.",
      [*(f"{what}, encoder, {pool}" for pool in ("cell", "mean") for what in GROUPS), "asked, encoder + projector, cell"],
@@ -259,10 +262,11 @@ FINDINGS = [
 
 
 def gradients(out, bases):
-    """Finding 4, gradient maps: lift by kind of answer and of detail, paired by seed."""
+    """Finding 4, gradient maps: lift by kind of answer and of detail, paired by seed; DPO's over SFT's for described
+    objects: (markdown, (mean, half of its interval))."""
     seeds = [found["gradients"] for s in bases if (found := read(out / s / "probe" / "results.json"))]
     groups = [("", "free", "answer"), ("worded apart, ", "apart", "answer"), ("detail: ", "free", "detail")]
-    rows, maps = [], ("sft", "dpo", "sft, differing tokens", "rejected")
+    rows, maps, ratio = [], ("sft", "dpo", "sft, differing tokens", "rejected"), {}
     for title, wording, key in groups:
         def wanted(row):
             return row["wording"] == wording and (key == "answer" or row["answer"] != "one word")
@@ -270,10 +274,11 @@ def gradients(out, bases):
             some = [[row for row in seed if wanted(row) and row[key] == group] for seed in seeds]
             lifts = [[sum(row[m][i] for row in part) / len(part) for i in (0, 1) for m in maps] for part in some if part]
             ratios = [interval([seed[k] / seed[0] for seed in lifts])[:2] for k in (1, 2)]
+            ratio[title + group] = ratios[0]
             rows.append([title + group, *(f"{sum(c) / len(c):.2f}" for c in zip(*lifts)),
                          *(f"{mean:.2f}" + (f" +- {half:.2f}" if half == half else "") for mean, half in ratios)])
     return markdown(["", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT",
-                     "differing tokens / SFT"], rows)
+                     "differing tokens / SFT"], rows), ratio["object"]
 
 
 def sweeps(out, bases):
@@ -296,7 +301,8 @@ def sweeps(out, bases):
             gaps = [interval(gap)[:2] for gap in gaps if gap]
             rows += [[name or "defaults", stage, len(some), *(f"{sum(f[m] for f in some) / len(some):.3f}" for m in metrics)]
                      for stage, some in found.items() if some]
-            rows += [["", "DPO - SFT", "", *(f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in gaps)]] if gaps else []
+            gaps = [f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in gaps]
+            rows += [["", "DPO - SFT", "", *gaps]] if gaps else []
         if len(rows) > 3:
             text.append(f"## {title}\n\n" + markdown(["run", "method", "seeds", *metrics], rows))
     return text
@@ -345,18 +351,22 @@ def report(out, bases, number, grid, file):
         rows = [row for a, b in pairs for row in compare(table, a, b, metrics, bases)]
         if rows:
             text.append(f"## {title}\n\nThe paper: {claim}\n\n{values(table, metrics)}\n\n{markdown(DIFFERENCE, rows)}")
-            for _, metric, _, mean, half, least, verdict in [r for r in rows if r[0] == "DPO - SFT" and r[1] == metrics[0]]:
-                agrees = {"higher": "agrees", "lower": "contradicts"}.get(verdict, "undecided" if half else "one seed")
-                overview.append([title, metric, mean, half, least, agrees if claim[:2] != "No" else ""])
-    text.insert(1, "## In one table\n\nDPO - SFT; does our world agree with the paper's claim?\n\n" + markdown(
-        ["finding", "measure", "DPO - SFT", "95% +-", "detectable", "paper"], overview))
+            key = next((row for row in rows if row[:2] == ["DPO - SFT", metrics[0]]), rows[0])
+            agrees = {"higher": "agrees", "lower": "contradicts"}.get(key[6], "undecided" if key[4] else "one seed")
+            overview.append([title, *key[:2], *key[3:6], "" if claim.startswith(CONTROL) else agrees])
     if any((out / s / "probe" / "results.json").exists() for s in bases):
+        lifts, (mean, half) = gradients(out, bases)
+        agrees = "agrees" if mean - half > 1 else "contradicts" if mean + half < 1 else "undecided"
+        overview.append(["4. Where the gradient goes", "DPO / SFT", "lift, object", f"{mean:.3f}",
+                         *((f"{half:.3f}", "", agrees) if half == half else ("", "", "one seed"))])
         text.append("## 4. Where the gradient goes\n\nThe paper: DPO's gradient concentrates on the question's region, "
                     "SFT's is scattered.\n\nlift: share of the gradient's mass inside the region over the region's share "
                     "of the picture; hit: the strongest token lies\ninside. Part of DPO's lift is arithmetic: tokens that "
-                    "both answers share cancel; compare \"sft, differing tokens\".\n\n" + gradients(out, bases))
+                    "both answers share cancel; compare \"sft, differing tokens\".\n\n" + lifts)
         for kind in ("one-word", "object", "scene"):
             text.append(f"![gradient maps]({os.path.relpath(out / home / 'probe', file.parent)}/gradients-{kind}.png)")
+    text.insert(1, "## In one table\n\nDoes our world agree with the paper's claim?\n\n" + markdown(
+        ["finding", "difference", "measure", "mean", "95% +-", "detectable", "paper"], overview))
     text += sweeps(out, bases) + [cost(out, bases[home], home)]
     text += [grid.read_text()] if grid else []
     file.write_text("\n\n".join(text) + "\n")
