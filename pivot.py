@@ -319,17 +319,22 @@ def save_resume(folder, step, model, optimizers):
             shutil.rmtree(path)
 
 
-def load_resume(folder, model, optimizers):
-    """Go on from the last save, if there is one. Returns how many steps it has done."""
-    for start, save in saves(folder)[-1:]:
-        try:
+def load_resume(folder, model, optimizers, log):
+    """Go on from the last save, if there is one; forget what was logged after it. Returns how many
+    steps are done."""
+    start, save = [(0, None), *saves(folder)][-1]
+    try:
+        if save:
             dcp.load(resume_state(model, optimizers), checkpoint_id=save,
                      no_dist=dist.get_world_size() == 1)
-        except (Exception, dcp.api.CheckpointException) as error:   # a damaged file raises anything
-            raise BadInput(f"{save}: is damaged ({type(error).__name__}); remove it to start the "
-                           "stage again") from None
-        return start
-    return 0
+    except (Exception, dcp.api.CheckpointException) as error:   # a damaged file raises anything
+        raise BadInput(f"{save}: is damaged ({type(error).__name__}); remove it to start the stage "
+                       "again") from None
+    if first():
+        with writing(log):                      # all of it is whole, the last line perhaps not
+            lines = log.read_text().splitlines() if log.exists() else []
+            log.write_text("".join(f"{line}\n" for line in lines[:start]))
+    return start
 
 
 def read_settings(folder):
@@ -384,17 +389,13 @@ def train(s, objective, folder, model, steps, held_out, references, device):
     """A stage's loop: fetch, forward, backward, clip, step, log, save. Interrupted, it goes on
     from its last save. steps[k] are the micro-batches of this rank for step k. references: for DPO
     two functions batch -> (samples, 2), for the steps and for what is held out."""
-    optimizers, log = make_optimizers(model, s), folder / "log.jsonl"
-    start = load_resume(folder, model, optimizers)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trains = {name.split(".")[0] for name in trained}
     stop = []                                   # a signal asks: finish the step, save, leave
     handlers = {number: signal.signal(number, lambda *_: stop.append(1))
                 for number in (signal.SIGTERM, signal.SIGINT)}
-    if first():                                 # forget what was logged after the last save
-        with writing(log):                      # all of it is whole, the last line perhaps not
-            lines = log.read_text().splitlines() if log.exists() else []
-            log.write_text("".join(f"{line}\n" for line in lines[:start]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trains = {name.split(".")[0] for name in trained}
+    optimizers, log = make_optimizers(model, s), folder / "log.jsonl"
+    start = load_resume(folder, model, optimizers, log)
 
     def forward(batch, reference):
         """Loss summed over a micro-batch; numbers to add up over micro-batches and ranks."""
@@ -517,8 +518,8 @@ def training_data(s, row):
     """What a stage trains on: the user's file, or the world."""
     if s.data and not row.needs:
         raise BadInput(f"--data: stage {s.stage} knows the embedded world only")
-    if not s.data and not row.content:
-        raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
+    if not s.data and (not row.content or s.take or s.max_prompt_chosen):
+        raise BadInput(f"--data: stage {s.stage} with these options needs a file of samples")
     if s.data:
         return data.Records(s.data, s.image_root, s.on_bad_sample == "skip")
     split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
@@ -574,8 +575,9 @@ def dry_run(s, device):
         return sum(probe.flops(model, [len(r.tokens)], sum(r.target), trains, seen)
                    for r, seen in rows) / len(rows)
 
-    epochs = s.epochs or s.steps * s.batch / len(dataset)
-    flops = len(dataset) * (epochs * work(row.trains) + paired * work(()))
+    steps = math.ceil(s.epochs * len(dataset) / s.batch) or s.steps
+    flops = (s.epochs * len(dataset) or steps * s.batch) * work(row.trains)
+    flops += len(dataset) * paired * work(())           # the reference
     tokens = sum(len(r.tokens) for r, _ in rows) / len(rows)
     state = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / s.gpus
     micro, layers = min(s.micro_batch, math.ceil(s.batch / s.gpus)), len(model.encoder.used())
@@ -587,9 +589,8 @@ def dry_run(s, device):
     say(probe.markdown(
         ["stage", "samples", "steps", "tokens a sample", "FLOPs", "of the encoder's pretraining",
          f"GB a GPU, {s.gpus} GPUs", f"GPU-hours at {s.utilisation:.0%}"],
-        [[s.stage, len(dataset), math.ceil(epochs * len(dataset) / s.batch), f"{tokens:.0f}",
-          f"{flops:.2e}", f"{flops / pretraining:.4%}", f"{(state + activations) / 1e9:.1f}",
-          f"{hours:.2f}"]]))
+        [[s.stage, len(dataset), steps, f"{tokens:.0f}", f"{flops:.2e}",
+          f"{flops / pretraining:.4%}", f"{(state + activations) / 1e9:.1f}", f"{hours:.2f}"]]))
 
 
 def run_stage(s, device):
@@ -651,8 +652,8 @@ def run_stage(s, device):
     if isinstance(dataset, data.World) and row.content == "preferences" and s.pairs != "drawn":
         dataset.sampled = on_policy(s, model, dataset, prepare, settings, device)
 
-    def in_steps(samples, epochs=1, steps=None):
-        steps = steps or math.ceil(epochs * len(samples) / s.batch)
+    def in_steps(samples, epochs=1):            # 0: not in epochs, but in steps
+        steps = math.ceil(epochs * len(samples) / s.batch) or s.steps
         return data.Steps(samples, prepare, steps, s.batch, s.micro_batch, s.seed,
                           dist.get_rank(), dist.get_world_size(),
                           folder / "skipped.txt" if s.on_bad_sample == "skip" else None)
@@ -672,8 +673,7 @@ def run_stage(s, device):
     objective = {"contrastive": contrastive_objective, "sft": sft_objective,
                  "dpo": functools.partial(dpo_objective, beta=s.beta, variant=s.loss)}
     train(s, objective[row.objective], folder, shard(model, s),
-          in_steps(dataset, s.epochs, s.steps if not s.epochs else None),
-          held_out and in_steps(held_out), references, device)
+          in_steps(dataset, s.epochs), held_out and in_steps(held_out), references, device)
 
     # ---- the folders it leaves, and its tables
     after, skipped = full_state(model), folder / "skipped.txt"

@@ -557,7 +557,7 @@ def curve(log, file, width=640, height=320, pad=44):
         up = (height - 2 * pad) / (high - low or 1)
         return [(pad + i * right, height - pad - (v - low) * up) for i, v in enumerate(values)]
 
-    for value in np.linspace(low, high, 5):
+    for value in (low + k * (high - low) / 4 for k in range(5)):
         draw.line(points([value] * len(loss)), fill=(225, 225, 225))
         draw.text((4, points([value])[0][1] - 6), f"{value:.3g}", fill="black")
     draw.line(points(loss), fill=(190, 190, 190))
@@ -598,42 +598,35 @@ def panels(rows, headings, notes, file, side=190):
     Image.fromarray(np.vstack(page)).save(file)
 
 
-def striped(seen, colors, wide=12):
-    """(patches, classes) bool -> (side, side, 3): a patch has a stripe for each of its classes."""
-    grid = round(len(seen) ** .5)
-    out = np.full((grid, wide, grid, wide, 3), 255)
-    for place, classes in enumerate(seen):
-        painted = [color for color, there in zip(colors, classes) if there]
-        for x in range(wide if painted else 0):
-            out[place // grid, :, place % grid, x] = painted[x * len(painted) // wide]
-    return out.reshape(grid * wide, grid * wide, 3)
+def segmentation_picture(images, found, colors, file, wide=12):
+    """As the paper's figure 9: a patch has a stripe for each of its classes. found: {heading:
+    (images, patches, classes) bool}, the truth among them; colors: {class: its RGB}."""
+    def striped(seen):
+        grid = round(len(seen) ** .5)
+        out = np.full((grid, wide, grid, wide, 3), 255)
+        for place, classes in enumerate(seen):
+            painted = [color for color, there in zip(colors.values(), classes) if there]
+            for x in range(wide if painted else 0):
+                out[place // grid, :, place % grid, x] = painted[x * len(painted) // wide]
+        return out.reshape(grid * wide, grid * wide, 3)
 
-
-def segmentation_picture(images, found, colors, file):
-    """As the paper's figure 9. found: {heading: (images, patches, classes) bool}, the truth among
-    them; colors: {class: its RGB}."""
-    rows = [(image, None, [striped(seen[i], colors.values()) for seen in found.values()])
+    rows = [(image, None, [striped(seen[i]) for seen in found.values()])
             for i, image in enumerate(images)]
     some = torch.stack([seen.flatten(0, 1).any(0) for seen in found.values()]).any(0)
     legend = [both for both, there in zip(colors.items(), some) if there]
     panels(rows, ["image", *found], [[]] * (len(rows) - 1) + [legend], file)
 
 
-def heat(strength):
-    """(patches,) numbers -> (grid, grid, 3) colors, scaled to the largest."""
-    grid = round(len(strength) ** .5)
-    strength = (strength / strength.max()).reshape(grid, grid)
-    return np.stack([np.interp(strength, [0, .25, .5, .75, 1], values) for values in (
-        (20, 60, 180, 250, 255), (10, 20, 40, 140, 250), (60, 130, 110, 30, 120))], -1)
-
-
 def gradient_picture(samples, maps, file):
     """As the paper's figure 7: image with the region's outline, SFT's and DPO's map (each scaled
     to its own maximum), question and both answers. samples, maps: gradient_maps', those to draw."""
+    ramp = (20, 60, 180, 250, 255), (10, 20, 40, 140, 250), (60, 130, 110, 30, 120)     # RGB
+    grid = round(maps.shape[2] ** .5)
+    heat = (maps / maps.amax(2, keepdim=True)).unflatten(2, (grid, grid)).numpy()
+    heat = np.stack([np.interp(heat, [0, .25, .5, .75, 1], color) for color in ramp], -1)
     notes = [list(zip((*s.turns[-1], s.rejected), ("white", "green", "red"))) for s in samples]
-    rows = [(s.image, s.region, [heat(m) for m in strengths[:2]])
-            for s, strengths in zip(samples, maps.numpy())]
-    panels(rows, ["image", "SFT", "DPO"], notes, file)
+    panels([(s.image, s.region, both[:2]) for s, both in zip(samples, heat)],
+           ["image", "SFT", "DPO"], notes, file)
 
 
 # ----------------------------------------------------------------- encoders, side by side
