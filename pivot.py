@@ -745,7 +745,7 @@ def measure(s, folder, parts, pairs, prepare, device):
     setup = {k: getattr(s, k) for k in ("split", "max_length", "select_layer", "dtype",
                                         "eval_scenes")} | {"template": prepare.template}
 
-    def measured(parts, *loading):
+    def evaluated(parts, *loading):
         model = load_model(*(parts[part] for part in ALL), s.select_layer, s.seed, *loading)
         return probe.evaluate(model, pairs, questions, prepare, device, s.dtype)
 
@@ -754,8 +754,8 @@ def measure(s, folder, parts, pairs, prepare, device):
         file = homes.pop() / "results.json"     # a base is measured once, not by all who use it
         known = json.loads(file.read_text()) if file.exists() and not homes and not s.data else {}
         results["before"] = (known["results"] if known.get("setup") == setup else
-                             measured(parts, s.image_size, s.encoder_config))
-    results["after"] = measured({part: folder / part for part in ALL})
+                             evaluated(parts, s.image_size, s.encoder_config))
+    results["after"] = evaluated({part: folder / part for part in ALL})
     if first() and not s.data:
         write_json(folder / "results.json", {"setup": setup, "results": results["after"]})
     return probe.tables(results, s.beta)

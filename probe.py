@@ -452,13 +452,13 @@ def flops(model, lengths, targets, trains, images):
     encoder, llm = getattr(model, "encoder", None), getattr(model, "llm", None)
     steps = []      # in the order of the forward pass: (part, matrices, attention)
     if encoder:
-        c, layers, patches = encoder.config, encoder.used(), images * encoder.config.tokens
+        c, layers, tokens = encoder.config, encoder.used(), images * encoder.config.tokens
         length = c.tokens + encoder.embeddings.extra
-        steps += [("encoder", 2 * patches * weights(encoder.embeddings), 0),
+        steps += [("encoder", 2 * tokens * weights(encoder.embeddings), 0),
                   ("encoder", 2 * images * length * weights(layers),
                    4 * images * length ** 2 * c.hidden_size * len(layers))]
     if encoder and llm:
-        steps += [("projector", 2 * patches * weights(layer), 0) for layer in model.projector]
+        steps += [("projector", 2 * tokens * weights(layer), 0) for layer in model.projector]
     if llm:
         c, pairs = llm.config, sum(n * n for n in lengths)
         steps += [("llm", 2 * sum(lengths) * weights(llm.model),
