@@ -63,7 +63,7 @@ class Stage:
     batch: int
     lr: float
     encoder_lr: float
-    optimizer: str      # muon: Muon for matrices inside the blocks (lr), AdamW for the rest (lr / 10)
+    optimizer: str      # muon: Muon for matrices in the blocks (lr), AdamW for the rest (lr / 10)
     epochs: float = 0   # passes over the data, instead of steps
 
 
@@ -93,7 +93,7 @@ PRESETS = {"world": WORLD, "paper": PAPER,
            "toy": {k: replace(row, samples=64, steps=4, batch=8) for k, row in WORLD.items()}}
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}      # FLOP/s, see meter
 SIZES = {"small": (64, 2, 4), "base": (128, 4, 4), "large": (192, 6, 6)}   # width, layers, heads
-LEAVES = {"encoder": ALL[:1], "llm": ALL[2:]}           # what a stage writes, if not all three parts
+LEAVES = {"encoder": ALL[:1], "llm": ALL[2:]}   # what a stage writes, if not all three parts
 
 
 def option(default, help, choices=None):
@@ -104,68 +104,61 @@ def option(default, help, choices=None):
 class Settings:
     """The command line. None: the stage's row in the table decides."""
     stage: str = option("dpo", "what to run", [*WORLD, "probe", "chat"])
-    name: str = option(None, "name of the run, written to RUNS/NAME/STAGE (default: the preset)")
+    name: str = option(None, "of the run, written to RUNS/NAME/STAGE (default: the preset)")
     base: str = option(None, "run whose earlier stages this one starts from (default: the preset)")
     runs: str = option("runs", "folder of all runs")
-    preset: str = option("world", "table of stages; toy: a few steps each, for tests", list(PRESETS))
+    preset: str = option("world", "table of stages; toy: a few steps each, for tests", [*PRESETS])
     seed: int = option(0, "seed of initialisation and sample order")
     encoder: str = option(None, "start from this encoder folder (default: the earlier stage's)")
-    projector: str = option(None, "start from this projector folder (default: the earlier stage's)")
-    llm: str = option(None, "start from this LLM folder (default: the earlier stage's)")
-    encoder_config: str = option(None, "folder with config.json and preprocessor_config.json of the "
-                                 "encoder inside an official PIVOT or LLaVA-OneVision folder")
-    image_size: int = option(None, "pixels a side (default: the encoder's); positions are "
-                             "interpolated")
+    projector: str = option(None, "the same for the projector (default: the earlier stage's)")
+    llm: str = option(None, "the same for the LLM (default: the earlier stage's)")
+    encoder_config: str = option(None, "JSON files' folder, for an encoder in LLaVA's own layout")
+    image_size: int = option(None, "pixels a side; positions are interpolated (default: as is)")
     data: str = option(None, "JSON or JSONL of conversations or preferences (default: the world)")
     eval_data: str = option(None, "the same, held out (default: the world's held-out scenes)")
-    image_root: str = option(None, "folder that image paths start from (default: the data file's)")
+    image_root: str = option(None, "where image paths start (default: the data file's folder)")
     questions: str = option(None, "JSONL of questions, answers, category, metric: for evaluation")
     take: int = option(None, "so many samples of --data, after a seeded shuffle")
-    max_prompt_chosen: int = option(None, "leave out samples of --data with more tokens than this in "
-                                    "prompt and chosen answer")
-    on_bad_sample: str = option("stop", "of --data, which cannot be read or is too long: stop, or "
-                                "skip it and say at the end which ones", ["stop", "skip"])
+    max_prompt_chosen: int = option(None, "most tokens in prompt and chosen of a sample of --data")
+    on_bad_sample: str = option("stop", "of --data; skip: go on, and list them", ["stop", "skip"])
     samples: int = option(None, "distinct samples of the world")
-    wording: str = option("free", "the world's descriptions: free; a pair's two worded apart; terse",
-                          ["free", "apart", "terse"])
-    errors: float = option(.2, "share of the world's chosen descriptions with an error of their own")
-    pairs: str = option("mixed", "the world's preferences: drawn; sampled from the model that the "
-                        "stage starts from, where two responses differ in quality; or half and half",
-                        ["drawn", "sampled", "mixed"])
-    encoder_size: str = option("base", "world: size of the encoder that is made", list(SIZES))
-    llm_size: str = option("base", "world: size of the LLM that is made", list(SIZES))
+    wording: str = option("free", "of the world's descriptions: free; a pair's two apart; terse", [
+        "free", "apart", "terse"])
+    errors: float = option(.2, "share of chosen descriptions with an error of their own (world)")
+    pairs: str = option("mixed", "world: drawn; sampled from the model that the stage starts from, "
+                        "where two responses differ in quality; half each", [
+                            "drawn", "sampled", "mixed"])
+    encoder_size: str = option("base", "of the encoder that the world's stage makes", [*SIZES])
+    llm_size: str = option("base", "of the LLM that the world's stage makes", [*SIZES])
     steps: int = option(None, "optimiser steps")
     epochs: float = option(None, "passes over the data (default: as many as --steps make)")
     batch: int = option(None, "samples per step, over all ranks and micro-batches")
     micro_batch: int = option(None, "samples per forward pass and rank (default: all at once)")
     lr: float = option(None, "peak learning rate")
     encoder_lr: float = option(None, "peak learning rate of the vision encoder")
-    projector_layers: int = option(0, "pivot: first layers of the projector beside --encoder that "
-                                   "are reused, frozen", [0, 1])
+    projector_layers: int = option(0, "pivot: reuse so many of the encoder's projector", [0, 1])
     unfreeze: bool = option(False, "pivot: train the encoder, too")
     optimizer: str = option(None, "adamw; or muon, for hidden matrices", ["adamw", "muon"])
     warmup: float = option(.03, "share of the steps that warm up; a cosine to zero follows")
     clip: float = option(1., "gradient norm above which gradients are scaled down")
     beta: float = option(.1, "DPO's pull towards the reference")
     loss: str = option("dpo", "preference loss", ["dpo", "ipo"])
-    reference: str = option("cached", "reference log-probabilities: computed once before the first "
-                            "step, or live in every step", ["cached", "live"])
+    reference: str = option("cached", "computed once, or live in every step", ["cached", "live"])
     max_length: int = option(2048, "tokens per response with its prompt and image")
-    template: str = option(None, "chat template (default: plain for the world; else the LLM's own, "
-                           "and caption for align)", list(TEMPLATES))
+    template: str = option(None, "of chats (default: the LLM's; align: caption; world: plain)", [
+        *TEMPLATES])
     select_layer: int = option(-2, "layer that the projector sees, as in LLaVA; 0: run them all")
-    dtype: str = option("auto", "compute in; auto: bfloat16 where the machine has it",
-                        ["auto", "bfloat16", "float32"])
-    checkpointing: bool = option(False, "keep only the inputs of transformer blocks; slower, smaller")
+    dtype: str = option("auto", "compute in; auto: bfloat16 where the machine has it", [
+        "auto", "bfloat16", "float32"])
+    checkpointing: bool = option(False, "keep only the inputs of blocks: slower, smaller")
     compile: bool = option(False, "torch.compile every transformer block")
-    export_dtype: str = option("float32", "of the folders; bfloat16 rounds most of a DPO update away",
-                               ["float32", "bfloat16"])
+    export_dtype: str = option("float32", "of the folders; bfloat16 rounds most of DPO away", [
+        "float32", "bfloat16"])
     export: str = option(None, "also write the model as one folder for transformers", ["llava"])
-    workers: int = option(None, "processes that prepare batches (default: 4 for the paper, else 0)")
+    workers: int = option(None, "processes that prepare batches (default: 4 for paper, else 0)")
     save_every: int = option(200, "steps between saves for resuming")
-    eval_every: int = option(0, "steps between looks at held-out samples while training; 0: none")
-    split: str = option("test", "scenes of the final tables; choose settings on validation",
-                        ["validation", "test"])
+    eval_every: int = option(0, "steps between looks at held-out samples; 0: none")
+    split: str = option("test", "of the tables; settings: on validation", ["validation", "test"])
     eval_scenes: int = option(200, "scenes of the final tables: 13 questions, 4 pairs each")
     dry_run: bool = option(False, "print what the stage will cost, and stop")
     gpus: int = option(8, "dry run: how many")
@@ -276,23 +269,18 @@ def freeze(model, row, reused=0):
 
 
 def make_optimizers(model, s):
-    """AdamW; or Muon for the matrices inside the blocks and AdamW for everything else."""
-    groups = {}
+    """AdamW; or Muon for the matrices inside the blocks and AdamW, a tenth as fast, for the rest.
+    The encoder has a learning rate of its own. peak: a group's, which `schedule` scales."""
+    kinds = {torch.optim.Muon: {}, torch.optim.AdamW: {}}
     for name, p in model.named_parameters():
         if p.requires_grad:
+            encoder = name.startswith("encoder.")
             matrix = s.optimizer == "muon" and p.ndim == 2 and ".layers." in name
-            groups.setdefault((matrix, name.startswith("encoder.")), []).append(p)
-    optimizers = []
-    for kind in (True, False):
-        scale = .1 if s.optimizer == "muon" and not kind else 1
-        chosen = [{"params": ps, "lr": scale * (s.encoder_lr if encoder else s.lr)}
-                  for (matrix, encoder), ps in groups.items() if matrix == kind]
-        if chosen:
-            make = torch.optim.Muon if kind else torch.optim.AdamW
-            optimizers.append(make(chosen, weight_decay=0))
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return optimizers
+            scale = .1 if s.optimizer == "muon" and not matrix else 1
+            rate = scale * (s.encoder_lr if encoder else s.lr)
+            kinds[torch.optim.Muon if matrix else torch.optim.AdamW].setdefault(
+                encoder, {"params": [], "lr": rate, "peak": rate})["params"].append(p)
+    return [make(groups.values(), weight_decay=0) for make, groups in kinds.items() if groups]
 
 
 def resume_state(model, optimizers):
@@ -332,6 +320,24 @@ def save_resume(folder, step, model, optimizers):
             shutil.rmtree(path)
 
 
+def load_resume(folder, model, optimizers, log):
+    """Go on from the last save, if there is one; forget what was logged after it. Returns how many
+    steps are done."""
+    start, save = [(0, None), *saves(folder)][-1]
+    try:
+        if save:
+            dcp.load(resume_state(model, optimizers), checkpoint_id=save,
+                     no_dist=dist.get_world_size() == 1)
+    except (Exception, dcp.api.CheckpointException) as error:   # a damaged file raises anything
+        raise BadInput(f"{save}: is damaged ({type(error).__name__}); remove it to start the stage "
+                       "again") from None
+    if first():
+        with writing(log):                      # all of it is whole, the last line perhaps not
+            lines = log.read_text().splitlines() if log.exists() else []
+            log.write_text("".join(f"{line}\n" for line in lines[:start]))
+    return start
+
+
 def read_settings(folder):
     file = folder / "settings.json"
     try:
@@ -359,7 +365,7 @@ def same_or_refuse(folder, settings):
 
 def meter(sums, seconds, waited, device):
     """Speed of a step over all ranks: what log.jsonl keeps of it. Model FLOPs, see probe.flops;
-    utilisation (mfu) against the datasheet's dense bf16 peak; waiting: share of time without data."""
+    utilisation (mfu) against the datasheet's dense bf16 peak; waiting: share of time for data."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else ""
     peak = next((v for k, v in PEAK.items() if k in name), None)
@@ -377,28 +383,20 @@ class Stopped(Exception):
     """The run was asked to stop, and has saved all it needs to go on."""
 
 
+SUMS = "loss", "count", "samples", "tokens", "flops", "stop", "no_target"   # and the metrics
+
 
 def train(s, objective, folder, model, steps, held_out, references, device):
     """A stage's loop: fetch, forward, backward, clip, step, log, save. Interrupted, it goes on
     from its last save. steps[k] are the micro-batches of this rank for step k. references: for DPO
     two functions batch -> (samples, 2), for the steps and for what is held out."""
-    optimizers, log, start = make_optimizers(model, s), folder / "log.jsonl", 0
-    trains = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    stop = []                                    # a signal asks: finish the step, save, leave
+    stop = []                                   # a signal asks: finish the step, save, leave
     handlers = {number: signal.signal(number, lambda *_: stop.append(1))
                 for number in (signal.SIGTERM, signal.SIGINT)}
-    for start, save in saves(folder)[-1:]:
-        try:
-            dcp.load(resume_state(model, optimizers), checkpoint_id=save,
-                     no_dist=dist.get_world_size() == 1)
-        except (Exception, dcp.api.CheckpointException) as error:   # a damaged file raises anything
-            raise BadInput(f"{save}: is damaged ({type(error).__name__}); remove it to start the "
-                           "stage again") from None
-    if first():                                 # forget what was logged after the last save
-        with writing(log):                      # all of it is whole, the last line perhaps not
-            lines = log.read_text().splitlines() if log.exists() else []
-            log.write_text("".join(f"{line}\n" for line in lines[:start]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trains = {name.split(".")[0] for name in trained}
+    optimizers, log = make_optimizers(model, s), folder / "log.jsonl"
+    start = load_resume(folder, model, optimizers, log)
 
     def forward(batch, reference):
         """Loss summed over a micro-batch; numbers to add up over micro-batches and ranks."""
@@ -410,18 +408,17 @@ def train(s, objective, folder, model, steps, held_out, references, device):
         with probe.autocast(device, s.dtype):   # bf16 over fp32 master weights; loss in fp32
             loss, count, metrics = objective(model, batch)
         weight = 0. if batch.dummy else 1.
-        sums = {"loss": loss.detach(), "count": count, "samples": len(batch),
-                "tokens": sum(lengths), "flops": work, "stop": len(stop),
-                "no_target": len(batch) - len((batch.response // batch.responses).unique()),
-                **metrics}
+        no_target = len(batch) - len((batch.response // batch.responses).unique())
+        sums = dict(zip(SUMS, (loss.detach(), count, len(batch), sum(lengths), work, len(stop),
+                               no_target))) | metrics
         return loss * weight, {k: weight * float(v) for k, v in sums.items()}
 
     def total(parts):
-        """Add up dicts of numbers, over all ranks too. The loss is per count, metrics per sample."""
+        """Dicts of numbers added up, over all ranks too; loss per count and metrics per sample."""
         sums = torch.tensor([list(p.values()) for p in parts], dtype=torch.float64).sum(0)
         dist.all_reduce(sums := sums.to(device))
         sums = dict(zip(parts[0], sums.tolist()))
-        means = {k: v / sums["samples"] for k, v in list(sums.items())[7:]}
+        means = {k: v / sums["samples"] for k, v in sums.items() if k not in SUMS}
         return {"loss": sums["loss"] / max(1, sums["count"]), **means}, sums
 
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, len(steps)),
@@ -430,6 +427,7 @@ def train(s, objective, folder, model, steps, held_out, references, device):
                dynamic_ncols=True)
     clock, bad = time.perf_counter(), 0
     for step, batches in enumerate(bar, start):
+        # ---- forward and backward
         waited, parts = time.perf_counter() - clock, []
         for k, batch in enumerate(batches):
             if isinstance(model, FSDPModule):       # gradients meet once a step
@@ -443,14 +441,14 @@ def train(s, objective, folder, model, steps, held_out, references, device):
             if drift > {"float32": .01, "bfloat16": 1.}[s.dtype]:
                 raise BadInput(f"{folder}: before the first step policy and reference differ by "
                                f"{drift:.3g} nats: the reference is not the model that trains")
-
-        if lost := [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+        if lost := [name for name, p in trained.items() if p.grad is None]:
             raise BadInput(f"{folder}: {', '.join(lost)[:300]} got no gradient: no loss reaches it")
 
-        # gradients of a sum, averaged over ranks by FSDP: make them the step's mean, however split
+        # ---- clip and step. Gradients are of a sum, averaged over ranks by FSDP: make them the
+        # step's mean, however it is split
         scale = dist.get_world_size() / max(1, sums["count"])
-        torch._foreach_mul_([p.grad for p in trained], scale)
-        norm = float(full(torch.nn.utils.clip_grad_norm_(trained, s.clip)))
+        torch._foreach_mul_([p.grad for p in trained.values()], scale)
+        norm = float(full(torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)))
         bad = 0 if math.isfinite(means["loss"]) and math.isfinite(norm) else bad + 1
         rate = schedule(step, len(steps), s.warmup)
         for optimizer in optimizers:
@@ -460,10 +458,10 @@ def train(s, objective, folder, model, steps, held_out, references, device):
                 optimizer.step()
             optimizer.zero_grad()
 
+        # ---- log
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         line = {"step": step, **means, "grad_norm": norm, "lr": s.lr * rate, "skipped": bad,
-                "no_target": int(sums["no_target"]),
-                **meter(sums, seconds, waited, device)}
+                "no_target": int(sums["no_target"]), **meter(sums, seconds, waited, device)}
         if s.eval_every and (step + 1) % s.eval_every == 0:
             with torch.no_grad():
                 line["held_out"] = total([forward(batch, references[1])[1] for k in
@@ -476,27 +474,30 @@ def train(s, objective, folder, model, steps, held_out, references, device):
         if bad == 3:
             index = data.shuffled(step, s.batch, len(steps.data), s.seed)
             raise BadInput(f"{folder}: loss or gradient not finite in steps {step - 2} to {step}; "
-                           f"the last step's samples: {', '.join(steps.data[i].id for i in index)}; "
-                           f"look at them or lower --lr; {folder / 'train'} holds the last good save")
+                           f"look at the samples {', '.join(steps.data[i].id for i in index)} or "
+                           f"lower --lr; {folder / 'train'} holds the last good save")
+
+        # ---- save
         if (step + 1) % s.save_every == 0 or step + 1 == len(steps) or sums["stop"]:
             save_resume(folder, step + 1, model, optimizers)
         if sums["stop"] and step + 1 < len(steps):
-            raise Stopped(f"{folder}: stopped after step {step + 1} of {len(steps)}, all saved; the "
-                          "same command goes on from there")
+            raise Stopped(f"{folder}: stopped after step {step + 1} of {len(steps)}, all saved; "
+                          "the same command goes on from there")
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------- one stage
 
-def inputs(s, device):
-    """{part: folder} that the stage starts from. Runs the earlier stages that are missing."""
+def inputs(s, device, dry=False):
+    """{part: folder} that the stage starts from. Runs the earlier stages that are missing, unless
+    it is a dry run."""
     given = {part: getattr(s, part) for part in ALL if getattr(s, part)}
     for need in PRESETS[s.preset][s.stage].needs:
         made = [part for part in LEAVES.get(need, ALL) if part not in given]
         home = s.name if s.stage == "pivot" else s.base     # pivot's alignment is for its encoder
         earlier = Path(s.runs) / home / need
-        if made and not finished(earlier):
+        if made and not dry and not finished(earlier):
             if need not in PRESETS[s.preset]:
                 raise BadInput(f"--{made[0]}: name a folder; preset {s.preset} does not make one")
             say(f"{s.stage} needs {need}, which is not there yet")
@@ -508,27 +509,47 @@ def inputs(s, device):
     return given
 
 
-def world_encoder(s):
-    width, depth, n = SIZES[s.encoder_size]
-    return EncoderConfig(width, 4 * width, depth, n)
-
-
-def default_template(s, parts):
-    if s.preset != "paper":
-        return "plain"
-    return "caption" if s.stage.endswith("align") else data.choose_template(parts["llm"])
+def stage_row(s):
+    """The stage's row in the table; --unfreeze changes it."""
+    row = PRESETS[s.preset][s.stage]
+    return replace(row, trains=ALL) if s.unfreeze and s.stage == "pivot" else row
 
 
 def training_data(s, row):
     """What a stage trains on: the user's file, or the world."""
     if s.data and not row.needs:
         raise BadInput(f"--data: stage {s.stage} knows the embedded world only")
-    if not s.data and not row.content:
-        raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
+    if not s.data and (not row.content or s.take or s.max_prompt_chosen):
+        raise BadInput(f"--data: stage {s.stage} with these options needs a file of samples")
     if s.data:
         return data.Records(s.data, s.image_root, s.on_bad_sample == "skip")
     split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
     return data.World(row.content, split, s.samples, s.wording, s.errors, first=s.seed * 1_000_000)
+
+
+def preparation(s, row, parts, dataset, folder):
+    """How the stage makes batches; what --take and others leave out leaves the data set. folder:
+    where a tokenizer is made if no LLM is among the parts."""
+    words = parts.get("llm") or folder / "tokenizer"
+    if "llm" not in parts and first():
+        data.train_tokenizer(words)
+    dist.barrier()
+    tokenizer = data.Tokenizer(words)
+    if "encoder" in parts:
+        encoder = read_encoder_config(parts["encoder"], s.image_size, s.encoder_config)
+    else:
+        width, depth, heads = SIZES[s.encoder_size]
+        encoder = EncoderConfig(width, 4 * width, depth, heads)
+    template = s.template or ("plain" if s.preset != "paper" else "caption" if
+                              s.stage.endswith("align") else data.choose_template(parts["llm"]))
+    if "llm" in parts:
+        tokenizer.check(read_llm_config(parts["llm"]).vocab_size, template)
+    prepare = data.Prepare(tokenizer, template, encoder, s.max_length,
+                           responses=2 if row.objective == "dpo" else 1,
+                           pack=row.objective != "contrastive")
+    if s.take or s.max_prompt_chosen:
+        dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
+    return prepare
 
 
 def dry_run(s, device):
@@ -537,37 +558,29 @@ def dry_run(s, device):
     Memory per GPU: weights, gradients and AdamW's moments in fp32 (16 bytes a trained parameter, 4
     a frozen one), sharded, and 34 bytes per token, width and layer for activations (Korthikanti et
     al. 2022; with --checkpointing 2, and one whole layer)."""
-    row = PRESETS[s.preset][s.stage]
-    at = {part: str(Path(s.runs) / s.base / need / part)
-          for need in row.needs for part in LEAVES.get(need, ALL)}
-    at |= {part: getattr(s, part) for part in ALL if getattr(s, part)}
-    if "llm" not in at:
+    row, parts = stage_row(s), inputs(s, device, dry=True)
+    if not parts:
         raise BadInput(f"--dry-run: stage {s.stage} starts from nothing, see the others")
-    encoder = read_encoder_config(at["encoder"], s.image_size, s.encoder_config)
-    llm = read_llm_config(at["llm"])
-    with torch.device("meta"):
-        model = MLLM(Encoder(encoder, s.select_layer), Projector(encoder.hidden_size, llm.hidden_size),
-                     Decoder(llm))
-    freeze(model, row, s.projector_layers)
     dataset, paired = training_data(s, row), row.objective == "dpo"
-    prepare = data.Prepare(data.Tokenizer(at["llm"]), s.template or default_template(s, at), encoder,
-                           s.max_length, 1 + paired)
-    if s.take or s.max_prompt_chosen:
-        dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
+    prepare = preparation(s, row, parts, dataset, None)
+    encoder, llm = prepare.encoder, read_llm_config(parts["llm"])
+    with torch.device("meta"):
+        model = MLLM(Encoder(encoder, s.select_layer),
+                     Projector(encoder.hidden_size, llm.hidden_size), Decoder(llm))
+    freeze(model, row, s.projector_layers)
     some = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / 200))]
-    rows = [(prepare.row(x if paired else replace(x, rejected=None)), x.image is not None)
+    rows = [(prepare.row(replace(x, rejected=x.rejected if paired else None)), x.image is not None)
             for x in some]
-    trains = row.trains if not s.unfreeze else ALL
 
     def work(trains):
         return sum(probe.flops(model, [len(r.tokens)], sum(r.target), trains, seen)
                    for r, seen in rows) / len(rows)
 
-    epochs = s.epochs or s.steps * s.batch / len(dataset)
-    flops = len(dataset) * (epochs * work(trains) + paired * work(()))
+    steps = math.ceil(s.epochs * len(dataset) / s.batch) or s.steps
+    flops = (s.epochs * len(dataset) or steps * s.batch) * work(row.trains)
+    flops += len(dataset) * paired * work(())           # the reference
     tokens = sum(len(r.tokens) for r, _ in rows) / len(rows)
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad is trained)
-             for trained in (True, False)]
+    state = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / s.gpus
     micro, layers = min(s.micro_batch, math.ceil(s.batch / s.gpus)), len(model.encoder.used())
     kept = (lambda depth: 2 * depth + 34) if s.checkpointing else (lambda depth: 34 * depth)
     activations = micro * (encoder.tokens * encoder.hidden_size * kept(layers) +
@@ -577,16 +590,13 @@ def dry_run(s, device):
     say(probe.markdown(
         ["stage", "samples", "steps", "tokens a sample", "FLOPs", "of the encoder's pretraining",
          f"GB a GPU, {s.gpus} GPUs", f"GPU-hours at {s.utilisation:.0%}"],
-        [[s.stage, len(dataset), math.ceil(epochs * len(dataset) / s.batch), f"{tokens:.0f}",
-          f"{flops:.2e}", f"{flops / pretraining:.4%}",
-          f"{((16 * sizes[0] + 4 * sizes[1]) / s.gpus + activations) / 1e9:.1f}", f"{hours:.2f}"]]))
+        [[s.stage, len(dataset), steps, f"{tokens:.0f}", f"{flops:.2e}",
+          f"{flops / pretraining:.4%}", f"{(state + activations) / 1e9:.1f}", f"{hours:.2f}"]]))
 
 
 def run_stage(s, device):
     """Inputs, data, model, loop; then the folders that the stage leaves, and its tables."""
-    row, folder = PRESETS[s.preset][s.stage], Path(s.runs) / s.name / s.stage
-    if s.stage == "pivot" and s.unfreeze:
-        row = replace(row, trains=ALL)
+    row, folder = stage_row(s), Path(s.runs) / s.name / s.stage
     settings = {k: v for k, v in asdict(s).items() if k not in FREE and (k != "template" or v)}
     same_or_refuse(folder, settings)
     parts = inputs(s, device)
@@ -602,23 +612,11 @@ def run_stage(s, device):
             raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
     if s.eval_every and not held_out:
         raise BadInput("--eval-every: needs held-out samples; name a file with --eval-data")
-    if "llm" not in parts and first():
-        data.train_tokenizer(folder / "tokenizer")
-    dist.barrier()
-    tokenizer = data.Tokenizer(parts.get("llm", folder / "tokenizer"))
-    encoder = (read_encoder_config(parts["encoder"], s.image_size, s.encoder_config)
-               if "encoder" in parts else world_encoder(s))
-    s = replace(s, template=s.template or default_template(s, parts))
-    if "llm" in parts:
-        tokenizer.check(read_llm_config(parts["llm"]).vocab_size, s.template)
-    prepare = data.Prepare(tokenizer, s.template, encoder, s.max_length,
-                           responses=2 if row.objective == "dpo" else 1,
-                           pack=row.objective != "contrastive")
-    if s.take or s.max_prompt_chosen:
-        dataset.select(prepare, s.take, s.seed, s.max_prompt_chosen)
+    prepare = preparation(s, row, parts, dataset, folder)
+    tokenizer, encoder = prepare.tokenizer, prepare.encoder
     settings["inputs"] = {"data": dataset.fingerprint(), "tokenizer": hash_file(tokenizer.file),
                           **{part: hash_weights(at) for part, at in parts.items()}}
-    settings["template"] = s.template
+    settings["template"] = prepare.template
     if same_or_refuse(folder, settings):
         say((folder / "report.md").read_text())
         export(s, folder)
@@ -655,8 +653,8 @@ def run_stage(s, device):
     if isinstance(dataset, data.World) and row.content == "preferences" and s.pairs != "drawn":
         dataset.sampled = on_policy(s, model, dataset, prepare, settings, device)
 
-    def in_steps(samples, epochs=1, steps=None):
-        steps = steps or math.ceil(epochs * len(samples) / s.batch)
+    def in_steps(samples, epochs=1):            # 0: not in epochs, but in steps
+        steps = math.ceil(epochs * len(samples) / s.batch) or s.steps
         return data.Steps(samples, prepare, steps, s.batch, s.micro_batch, s.seed,
                           dist.get_rank(), dist.get_world_size(),
                           folder / "skipped.txt" if s.on_bad_sample == "skip" else None)
@@ -676,8 +674,7 @@ def run_stage(s, device):
     objective = {"contrastive": contrastive_objective, "sft": sft_objective,
                  "dpo": functools.partial(dpo_objective, beta=s.beta, variant=s.loss)}
     train(s, objective[row.objective], folder, shard(model, s),
-          in_steps(dataset, s.epochs, s.steps if not s.epochs else None),
-          held_out and in_steps(held_out), references, device)
+          in_steps(dataset, s.epochs), held_out and in_steps(held_out), references, device)
 
     # ---- the folders it leaves, and its tables
     after, skipped = full_state(model), folder / "skipped.txt"
@@ -717,7 +714,7 @@ def export(s, folder):
 
 
 def on_policy(s, model, dataset, prepare, settings, device):
-    """The sampled share of the world's preferences, kept with the base model for all who share it."""
+    """The sampled share of the world's preferences, kept for all who share the base model."""
     key = {k: settings[k] for k in ("inputs", "seed", "samples", "pairs", "template", "dtype")}
     key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = Path(s.runs) / s.base / "sampled" / f"{key}.json"
@@ -739,28 +736,27 @@ def measure(s, folder, parts, pairs, prepare, device):
     pairs about the world's held-out scenes, or a user's held-out pairs."""
     questions = s.questions and data.Records(s.questions, s.image_root)
     if not s.data:
-        pairs = None if s.stage == "pivot" else data.World("preferences", s.split, 4 * s.eval_scenes)
+        pairs = s.stage != "pivot" and data.World("preferences", s.split, 4 * s.eval_scenes)
         questions = questions or data.World("questions", s.split,
                                             len(data.World.asked) * s.eval_scenes)
     elif pairs and not pairs.preferences:
         pairs = None
     if not pairs and not questions:
         return []
-    setup = {k: getattr(s, k) for k in ("split", "template", "max_length", "select_layer", "dtype",
-                                        "eval_scenes")}
-    results, after = {}, {part: str(folder / part) for part in ALL}
-    for side, at in {"before": parts, "after": after}.items():
-        home = {Path(v).parent for v in at.values()}
-        file = home.pop() / "results.json"      # a base is measured once, not by all who use it
-        known = json.loads(file.read_text()) if file.exists() and not home and not s.data else {}
-        if side == "before" and s.stage not in ("sft", "dpo"):
-            continue
-        if side == "before" and known.get("setup") == setup:
-            results[side] = known["results"]
-        else:
-            loading = (s.image_size, s.encoder_config) if side == "before" else ()
-            model = load_model(*at.values(), s.select_layer, s.seed, *loading)
-            results[side] = probe.evaluate(model, pairs, questions, prepare, device, s.dtype)
+    setup = {k: getattr(s, k) for k in ("split", "max_length", "select_layer", "dtype",
+                                        "eval_scenes")} | {"template": prepare.template}
+
+    def evaluated(parts, *loading):
+        model = load_model(*(parts[part] for part in ALL), s.select_layer, s.seed, *loading)
+        return probe.evaluate(model, pairs, questions, prepare, device, s.dtype)
+
+    results, homes = {}, {Path(at).parent for at in parts.values()}
+    if s.stage in ("sft", "dpo"):
+        file = homes.pop() / "results.json"     # a base is measured once, not by all who use it
+        known = json.loads(file.read_text()) if file.exists() and not homes and not s.data else {}
+        results["before"] = (known["results"] if known.get("setup") == setup else
+                             evaluated(parts, s.image_size, s.encoder_config))
+    results["after"] = evaluated({part: folder / part for part in ALL})
     if first() and not s.data:
         write_json(folder / "results.json", {"setup": setup, "results": results["after"]})
     return probe.tables(results, s.beta)
@@ -771,17 +767,20 @@ def run_probe(s, device):
     model's gradient maps, SFT's and DPO's, on held-out pairs of this seed."""
     runs, folder = Path(s.runs), Path(s.runs) / s.name / "probe"
     encoders = {f"{home.name[len(s.name) + 1:]} {stage}".strip(): str(home / stage / "encoder")
-                for home in sorted(runs.glob(f"{s.name}*")) if home.name[len(s.name):][:1] in ("", "-")
+                for home in sorted(runs.glob(f"{s.name}*"))
+                if home.name[len(s.name):][:1] in ("", "-")
                 for stage in ("encoder", "instruct", "sft", "dpo") if finished(home / stage)}
     base, llm = runs / s.base / "instruct", runs / s.base / "llm" / "llm"
+    if dist.get_world_size() > 1:
+        raise BadInput("--stage probe: one process does it; give torchrun no more")
     if not encoders or not finished(base):
-        raise BadInput(f"{runs}: no finished stage of {s.name}, or none of {s.base}; train one first")
+        raise BadInput(f"{runs}: no finished stage of {s.name}, or none of {s.base}: train one")
     settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer")}
     settings |= {"inputs": {name: hash_weights(at) for name, at in encoders.items()}}
     if same_or_refuse(folder, settings):
         return say((folder / "report.md").read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    encoders = {name: at if Path(at).parent.name == "encoder" else
+    encoders = {name: (at,) if Path(at).parent.name == "encoder" else
                 (at, str(Path(at).parent / "projector")) for name, at in encoders.items()}
     scenes = (60, 20, 60) if s.preset == "toy" else (1000, 300, 1000)
     results = probe.probes(encoders, llm=llm, select_layer=s.select_layer, seed=s.seed,
@@ -818,16 +817,12 @@ def chat(s, device):
     if not (at / "llm").is_dir():
         raise BadInput(f"{at}: no model there yet; run --stage dpo first, or name one with --model")
     made = read_settings(at)                    # speak to it as it was trained
-    for key, known in (("template", list(TEMPLATES)), ("select_layer", range(-999, 1)),
-                       ("max_length", range(1, 1 << 24))):
-        if key in made and made[key] not in known:
-            raise BadInput(f"{at / 'settings.json'}: {key} is {made[key]}")
-        s = replace(s, **{key: made.get(key, getattr(s, key))})
-    s = replace(s, template=s.template or data.choose_template(at / "llm"))
+    s = replace(s, **{k: made[k] for k in ("template", "select_layer", "max_length") if k in made})
+    template = s.template or data.choose_template(at / "llm")
     model = load_model(at / "encoder", at / "projector", at / "llm", s.select_layer).to(device)
     tokenizer = data.Tokenizer(at / "llm")
-    tokenizer.check(model.llm.config.vocab_size, s.template)
-    prepare = data.Prepare(tokenizer, s.template, model.encoder.config, s.max_length, responses=1)
+    tokenizer.check(model.llm.config.vocab_size, template)
+    prepare = data.Prepare(tokenizer, template, model.encoder.config, s.max_length, responses=1)
     for question in [s.question] if s.question else map(str.strip, sys.stdin):
         image = Path(s.image) if s.image else None
         batch = prepare([data.Sample(s.image or "chat", image, [(question, None)])])
@@ -847,10 +842,8 @@ def arguments(argv=None):
                 {"type": f.type, "default": f.default, "choices": f.metadata["choices"]})
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     columns = [f.name for f in fields(Stage) if f.name not in ("needs", "trains")]
-    rows = [["stage", *columns]] + [[name, *(str(getattr(row, c)) for c in columns)]
-                                    for name, row in WORLD.items()]
-    parser.epilog = "the stages of preset world:\n" + "\n".join(
-        "  " + " ".join(cell.ljust(12) for cell in row) for row in rows)
+    parser.epilog = "the stages of preset world:\n\n" + probe.markdown(["stage", *columns], [
+        [name, *(str(getattr(row, c)) for c in columns)] for name, row in WORLD.items()])
     return Settings(**vars(parser.parse_args(argv)))
 
 

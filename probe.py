@@ -16,21 +16,24 @@ import tempfile
 import textwrap
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (CELL, CHOSEN, COLORS, DETAILS, GROUNDS, REJECTED, SIDE, TILTS, BadInput,
-                  Prepare, Sample, Scene, Tokenizer)
+from data import (CELL, CHOSEN, COLORS, DETAILS, GROUNDS, REJECTED, SIDE, SUFFIXES, TILTS,
+                  BadInput, Prepare, Sample, Scene, Tokenizer)
 from dpo import dpo_loss
-from model import (MLLM, Encoder, EncoderConfig, Projector, fill, initialise, load_encoder, load_llm,
-                   open_tensors, write_json)
+from model import (MLLM, Encoder, EncoderConfig, Projector, fill, initialise, load_encoder,
+                   load_llm, open_tensors, write_json)
 from sft import sft_loss
 
 BATCH = 128
@@ -41,46 +44,56 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def shares(data, prepare, what, **kind):
-    """This rank's share of a data set, in order: (samples, Batch)."""
-    mine = range(dist.get_rank(), len(data), dist.get_world_size())
-    for start in tqdm(range(0, len(mine), BATCH), what, leave=False, disable=dist.get_rank() > 0):
+@torch.no_grad()
+def measured(model, data, prepare, device, dtype, asked):
+    """[(kind, category, right answer, value, value with a grey picture)] of all samples, those of
+    the first rank first. value: the margin logp chosen - logp rejected of a pair; or, if it is
+    asked, how right the answer is that the model generates greedily."""
+    def values(samples, batch):
+        if not asked:
+            return [chosen - rejected for chosen, rejected in model(batch).tolist()]
+        said = model.generate(batch, prepare.end, getattr(data, "longest", 64))
+        return [score(s.metric, prepare.tokenizer.decode(ids), s.answers or (s.turns[-1][1],))
+                for s, ids in zip(samples, said)]
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine, rows = range(rank, len(data), world), []
+    for start in tqdm(range(0, len(mine), BATCH), "questions" if asked else "pairs", leave=False,
+                      disable=rank > 0):
         samples = [data[i] for i in mine[start:start + BATCH]]
-        yield samples, prepare(samples, **kind)
-
-
-def gathered(rows):
-    """The rows of all ranks, on every rank."""
-    if dist.get_world_size() == 1:
+        batch = prepare(samples, answers=not asked).to(device)
+        grey = replace(batch, pixels=torch.zeros_like(batch.pixels))
+        with autocast(device, dtype):
+            both = [values(samples, b) for b in (batch, grey)]
+        rows += [(s.kind, s.category, s.turns[-1][1], *pair) for s, *pair in zip(samples, *both)]
+    if world == 1:                          # alone, gloo's threads would slow all later steps
         return rows
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, rows)
-    return [row for rows in everyone for row in rows]
+    dist.all_gather_object(everyone := [None] * world, rows)
+    return [row for part in everyone for row in part]
 
 
-@torch.no_grad()
-def preference(model, data, prepare, device, dtype, blank=False):
-    """[(kind, chosen text, logp chosen, logp rejected)] of pairs; blank: with a grey picture."""
-    rows = []
-    for samples, batch in shares(data, prepare, "pairs", blank=blank):
-        with autocast(device, dtype):
-            logps = model(batch.to(device)).tolist()
-        rows += [(s.kind, s.turns[-1][1], *both) for s, both in zip(samples, logps)]
-    return gathered(rows)
+def evaluate(model, pairs, questions, prepare, device, dtype):
+    """Measure a model on held-out pairs and questions (None: not on those).
 
-
-@torch.no_grad()
-def vqa(model, data, prepare, device, dtype, blank=False):
-    """[(kind, category, answer, score of what the model says)] of questions, generated greedily."""
-    rows = []
-    for samples, batch in shares(data, prepare, "questions", blank=blank, answers=False):
-        with autocast(device, dtype):
-            said = model.generate(batch.to(device), prepare.end, getattr(data, "longest", 64))
-        for s, ids in zip(samples, said):
-            answers = s.answers or (s.turns[-1][1],)
-            rows.append((s.kind, s.category, answers[0],
-                         score(s.metric, prepare.tokenizer.decode(ids), answers)))
-    return gathered(rows)
+    Returns {"pairs": [[kind, chosen text, logp chosen - logp rejected, the same with a grey
+                        picture]],
+             "questions": {category kind: [n, right, right with a grey picture, most common
+                                           answer's n, category, kind]}}."""
+    model.to(device).eval()
+    prepare, out, groups = copy.copy(prepare), {}, defaultdict(list)
+    prepare.responses = 2
+    if pairs is not None:
+        out["pairs"] = [[kind, *row] for kind, _, *row in measured(
+            model, pairs, prepare, device, dtype, asked=False)]
+    if questions is not None:
+        out["questions"] = {}
+        for kind, category, *row in measured(model, questions, prepare, device, dtype, asked=True):
+            groups[category, kind].append(row)
+        for (category, kind), rows in groups.items():
+            answers, seen, grey = zip(*rows)
+            out["questions"][f"{category} {kind}"] = [
+                len(rows), sum(seen), sum(grey), max(Counter(answers).values()), category, kind]
+    return out
 
 
 # -------------------------------------------------------------------------------- VQA's metrics
@@ -143,33 +156,6 @@ def score(metric, said, answers):
     return float(max(rule(said, answer) for answer in answers))
 
 
-def evaluate(model, pairs, questions, prepare, device, dtype):
-    """Measure a model on held-out pairs and questions (None: not on those).
-
-    Returns {"pairs": [[kind, chosen text, logp chosen - logp rejected, the same with a grey
-                        picture]],
-             "questions": {category kind: [n, right, right with a grey picture, most common
-                                           answer's n, category, kind]}}."""
-    model.to(device).eval()
-    prepare = copy.copy(prepare)
-    prepare.responses = 2
-    where, out = (prepare, device, dtype), {}
-
-    if pairs is not None:
-        seen, grey = (preference(model, pairs, *where, blank=b) for b in (False, True))
-        out["pairs"] = [[kind, text, chosen - rejected, c - r]
-                        for (kind, text, chosen, rejected), (_, _, c, r) in zip(seen, grey)]
-    if questions is not None:
-        seen, grey = (vqa(model, questions, *where, blank=b) for b in (False, True))
-        out["questions"] = {}
-        for kind, category in dict.fromkeys(row[:2] for row in seen):
-            both = [(a, b) for a, b in zip(seen, grey) if a[:2] == (kind, category)]
-            out["questions"][f"{category} {kind}"] = [
-                len(both), sum(a[3] for a, _ in both), sum(b[3] for _, b in both),
-                Counter(a[2] for a, _ in both).most_common(1)[0][1], category, kind]
-    return out
-
-
 # --------------------------------------------------------------------------- frozen features
 
 CHUNK = 8192                                # rows of features in use at the same time
@@ -189,38 +175,27 @@ def load_parts(encoder, projector=None, config=None, select_layer=-2):
     return [part.requires_grad_(False).eval() for part in parts]
 
 
-class Pictures(torch.utils.data.Dataset):
-    """The pictures of samples or files, as an encoder wants them."""
-
-    def __init__(self, samples, encoder):
-        self.samples, self.prepare = samples, Prepare(None, "plain", encoder, 0, 1)
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        picture = self.samples[i]           # a Sample, or a file
-        return self.prepare.picture(picture if isinstance(picture, Sample) else
-                                    Sample(str(i), Path(picture), []))
+def pixels(prepare, images):
+    """Pictures or their files -> (images, 3, H, W), as an encoder wants them."""
+    return torch.stack([prepare.picture(Sample("probe", image, [])) for image in images])
 
 
 @torch.no_grad()
-def features(parts, samples, pool, device="cpu", folder=None, workers=0):
-    """What frozen modules make of pictures: [(samples, ...) float32 after each of the parts].
+def features(parts, images, pool, folder, device="cpu", workers=0):
+    """What frozen modules make of pictures: [(images, ...) float32 after each of the parts], in
+    memory maps in a folder, so that a million pictures need no more memory than a batch.
 
-    parts: load_parts'. pool: (batch, tokens, width) -> what is kept of it. folder: stream into
-    memory maps there, so that a million pictures need no more memory than a batch."""
-    start, out = 0, []
-    loader = DataLoader(Pictures(samples, parts[0].config), BATCH, num_workers=workers)
+    parts: load_parts'. pool: (batch, tokens, width) -> what is kept of it."""
+    start, out, prepare = 0, [], Prepare(None, "plain", parts[0].config, 0, 1)
+    loader = DataLoader(images, BATCH, num_workers=workers, collate_fn=partial(pixels, prepare))
     for x in tqdm(loader, "features", leave=False):
         x = x.to(device)
         for i, part in enumerate(parts):
             x = part(x)
             kept = pool(x).float().cpu()
-            shape = len(samples), *kept.shape[1:]
             if start == 0:
-                out.append(torch.empty(shape) if folder is None else torch.from_numpy(
-                    np.lib.format.open_memmap(Path(folder) / f"{i}.npy", "w+", np.float32, shape)))
+                out.append(torch.from_numpy(np.lib.format.open_memmap(
+                    Path(folder) / f"{i}.npy", "w+", np.float32, (len(images), *kept.shape[1:]))))
             out[i][start:start + len(kept)] = kept
         start += len(kept)
     return out
@@ -323,21 +298,14 @@ def patch_labels(ids, grid, classes):
     return seen.scatter_(1, patches(ids, grid).long(), True)[:, 1:]
 
 
-def recall_and_f1(right, found, there):
-    """Macro patch recall and F1, per head, from counts (heads, classes): right = found and there.
-    Classes that are nowhere do not count."""
-    some = there[0] > 0
-    return ((right / there)[:, some].mean(1).tolist(),
-            (2 * right / (found + there))[:, some].mean(1).tolist())
-
-
 def segmentation_probe(x, labels, cut, seed=0, device="cpu", heads=6, epochs=4, batch=16, lr=4e-3):
     """Covert et al. (2025): a two-layer MLP per patch, as wide as the features, a sigmoid
     per class, threshold 1/2.
 
     x: (pictures, patches, d) features, labels: (pictures, patches, classes) bool; fit on the first
     `cut` pictures, tested on the rest. Heads (other weights, other order) train side by side.
-    Returns {"recall", "f1": [per head]}, and what head 0 finds on the rest, as the labels."""
+    Returns {"recall", "f1": [per head], macro over the classes that are somewhere; "classes":
+    [recall]}, and what head 0 finds on the rest, as the labels."""
     mean, std = (t.to(device) for t in moments(x[:cut].flatten(0, 1)))
     generator, (d, k) = torch.Generator().manual_seed(seed), (x.shape[2], labels.shape[2])
     shapes = (d, d), (1, d), (d, k), (1, k)
@@ -368,9 +336,10 @@ def segmentation_probe(x, labels, cut, seed=0, device="cpu", heads=6, epochs=4, 
             counts = counts + torch.stack([t.sum(1).double() for t in (
                 found & truth, found, truth.expand_as(found))])
             first.append(found[0].unflatten(0, (len(a), -1)).cpu())
-    recall, f1 = recall_and_f1(*counts)
-    return {"recall": recall, "f1": f1,
-            "classes": (counts[0] / counts[2]).mean(0).tolist()}, torch.cat(first)
+    right, found, there = counts            # (heads, classes)
+    recall, f1, some = right / there, 2 * right / (found + there), there[0] > 0
+    return {"recall": recall[:, some].mean(1).tolist(), "f1": f1[:, some].mean(1).tolist(),
+            "classes": recall.mean(0).tolist()}, torch.cat(first)
 
 
 # --------------------------------------------------------------------------------- alignment
@@ -471,39 +440,32 @@ def gradient_maps(model, samples, prepare, device="cpu", beta=.1, batch=32):
 
 def flops(model, lengths, targets, trains, images):
     """Floating-point operations of a training step on rows of so many tokens; a multiply-add is
-    two. Forward:
+    two. Forward: 2 for each weight of a matrix and each token that meets it; in a layer's attention
+    (dense) 4 for each channel and pair of tokens. Backward costs a matrix once more for its
+    weights, if its part trains, and once more for its inputs, if anything that trains lies before
+    it; attention, which has two inputs, twice more. Recomputation is not counted.
 
-        encoder     per token  layers * (2 (4 d^2 + 2 d f) + 4 d tokens) + 2 * 3 p^2 d
-        projector   per token  2 (d D + D^2)
-        llm         per token  layers * (2 (2 D q + 2 D k + 3 D F) + 4 q length); per target 2 D V
+    model: an MLLM, or what there is of one. targets: tokens with a logit. trains: names of parts.
+    """
+    def weights(module):
+        return sum(m.weight.numel() for m in module.modules()
+                   if isinstance(m, (nn.Conv2d, nn.Linear)))
 
-    d, f / D, F: width and MLP width of encoder / LLM; q, k: width of all query / key heads; V: the
-    vocabulary; p: the patch. The last term of a layer is attention (dense). Backward costs a matrix
-    once more for its weights, if its part trains, and once more for its inputs, if anything that
-    trains lies before it; attention, which has two inputs, twice more. Recomputation is not counted.
-
-    model: an MLLM, or what there is of one (its configs count). targets: tokens with a logit.
-    trains: names of parts."""
     encoder, llm = getattr(model, "encoder", None), getattr(model, "llm", None)
     steps = []      # in the order of the forward pass: (part, matrices, attention)
     if encoder:
-        c, layers, tokens = encoder.config, len(encoder.used()), images * encoder.config.tokens
-        m, d = c.tokens + c.class_token + c.num_register_tokens, c.hidden_size
-        f = c.intermediate_size * (1.5 if c.hidden_act == "swiglu" else 1)  # its fc1 is twice as wide
-        steps += [("encoder", tokens * 6 * c.patch_size ** 2 * d, 0),
-                  ("encoder", images * m * layers * 2 * (4 * d * d + 2 * d * f),
-                   images * m * layers * 4 * d * m)]
+        c, layers, tokens = encoder.config, encoder.used(), images * encoder.config.tokens
+        length = c.tokens + encoder.embeddings.extra
+        steps += [("encoder", 2 * tokens * weights(encoder.embeddings), 0),
+                  ("encoder", 2 * images * length * weights(layers),
+                   4 * images * length ** 2 * c.hidden_size * len(layers))]
     if encoder and llm:
-        width = llm.config.hidden_size
-        steps += [("projector", tokens * 2 * d * width, 0),
-                  ("projector", tokens * 2 * width * width, 0)]
+        steps += [("projector", 2 * tokens * weights(layer), 0) for layer in model.projector]
     if llm:
-        c, width = llm.config, llm.config.hidden_size
-        q, k = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
-        layer = 2 * (2 * width * (q + k) + 3 * width * c.intermediate_size)
-        steps += [("llm", sum(lengths) * c.num_hidden_layers * layer,
-                   sum(n * n for n in lengths) * c.num_hidden_layers * 4 * q),
-                  ("llm", targets * 2 * width * c.vocab_size, 0)]
+        c, pairs = llm.config, sum(n * n for n in lengths)
+        steps += [("llm", 2 * sum(lengths) * weights(llm.model),
+                   4 * pairs * c.num_attention_heads * c.head_dim * c.num_hidden_layers),
+                  ("llm", 2 * targets * llm.head().numel(), 0)]
     total, below = 0, False
     for part, matrices, attention in steps:
         total += matrices * (1 + (part in trains) + below) + attention * (1 + 2 * below)
@@ -512,11 +474,6 @@ def flops(model, lengths, targets, trains, images):
 
 
 # ------------------------------------------------------------------------------ tables, pictures
-
-def share(hits):
-    hits = list(hits)
-    return sum(hits) / len(hits)
-
 
 def markdown(header, rows):
     """A table whose columns line up also where it is not rendered."""
@@ -529,15 +486,14 @@ def markdown(header, rows):
 
 def moved(before, after):
     """How far each part moved: |after - before| / |before|, and how many parameters moved."""
-    sums = defaultdict(lambda: [0., 0., 0, 0])
+    sums = defaultdict(lambda: torch.zeros(4, dtype=torch.double))
     for name, old in before.items():
-        part, change = name.split(".")[0], after[name].double() - old.double()
-        row = (change.square().sum().item(), old.double().square().sum().item(),
-               change.ne(0).sum().item(), old.numel())
-        sums[part] = [a + b for a, b in zip(sums[part], row)]
+        change = after[name].double() - old.double()
+        sums[name.split(".")[0]] += torch.tensor([old.numel(), change.ne(0).sum(), change.square(
+            ).sum(), old.double().square().sum()], dtype=torch.double)
     return markdown(["part", "parameters", "moved", "relative change"],
-                    [[part, n, count, f"{(change / old) ** .5:.2e}"]
-                     for part, (change, old, count, n) in sums.items()])
+                    [[part, int(n), int(count), f"{(change / old) ** .5:.2e}"]
+                     for part, (n, count, change, old) in sums.items()])
 
 
 def check_moved(before, after, trained):
@@ -546,25 +502,23 @@ def check_moved(before, after, trained):
     for name in trained:
         block = re.sub(r"(\.\d+)\..*|\.[^.]*$", r"\1", name)
         blocks[block] |= not torch.equal(before[name], after[name])
-    for block, did in blocks.items():
-        if not did:
-            raise BadInput(f"{block} was to train and did not move: does any sample reach it?")
+    if stuck := [block for block, did in blocks.items() if not did]:
+        raise BadInput(f"{stuck[0]} was to train and did not move: does any sample reach it?")
 
 
 def tables(results, beta):
     """Held-out tables. results: {"before": ..., "after": ...} of evaluate; before may be absent."""
     sides, after, out = list(results), results["after"], []
     if "questions" in after:
-        rows, total = [], defaultdict(lambda: [0] * (len(sides) + 3))
-        for name, (n, _, grey, majority, category, kind) in after["questions"].items():
-            row = [n, majority, grey, *(results[s]["questions"][name][1] for s in sides)]
-            rows.append([category, kind, *row])
-            seen = ["visual"] if category not in ("knowledge", "fact") else []
-            for key in (category, "all", *seen):
-                total[key] = [a + b for a, b in zip(total[key], row)]
-        rows.sort(key=lambda row: row[0])
-        rows += [[key, "", *total[key]] for key in (*sorted(set(total) - {"visual", "all"}),
-                                                    "visual", "all")]
+        rows = sorted(([category, kind, n, most, grey,
+                        *(results[s]["questions"][name][1] for s in sides)] for name, (
+                            n, _, grey, most, category, kind) in after["questions"].items()),
+                      key=lambda row: row[0])
+        found = sorted({row[0] for row in rows})
+        groups = {category: [category] for category in found} | {
+            "visual": [c for c in found if c not in ("knowledge", "fact")], "all": found}
+        rows += [[name, "", *map(sum, zip(*(row[2:] for row in rows if row[0] in group)))]
+                 for name, group in groups.items() if group]
         out.append("Held-out questions: share answered right (greedy decoding). constant: always "
                    "the most common answer;\ngrey: the model shown a grey picture; visual: all but "
                    "knowledge.\n\n" + markdown(
@@ -576,25 +530,23 @@ def tables(results, beta):
             at = [i for i, pair in enumerate(after["pairs"]) if kind in (pair[0], "all")]
             texts, grey = zip(*(after["pairs"][i][1::2] for i in at))
             margins = [[results[side]["pairs"][i][2] for i in at] for side in sides]
-            row = [kind, len(at), share(t == max(texts, key=texts.count) for t in texts),
-                   *(share(m > 0 for m in column) for column in (grey, *margins))]
+            rows.append([kind, len(at), max(Counter(texts).values()) / len(at),
+                         *(fmean(m > 0 for m in column) for column in (grey, *margins))])
             if len(sides) > 1:
                 gain = [b - a for a, b in zip(*margins)]
-                row += [share(g > 0 for g in gain), beta * sum(gain) / len(gain)]
-            rows.append(row)
+                rows[-1] += [fmean(g > 0 for g in gain), beta * fmean(gain)]
         header = ["answer", "n", "majority", "grey", *sides, "reward accuracy", "reward margin"]
-        out.append(
-            "Held-out preferences: share of pairs whose chosen response is the likelier one. majority: "
-            "the most common\nchosen response's share; grey: with a grey picture; reward accuracy: "
-            "share of pairs whose chosen response\ngained on the rejected one; reward margin: by how "
-            "much, times beta.\n\n" + markdown(header[:len(rows[0])], rows))
+        out.append("Held-out preferences: share of pairs whose chosen response is the likelier "
+                   "one. majority: the most common\nchosen response's share; grey: with a grey "
+                   "picture; reward accuracy: share of pairs whose chosen response\ngained on the "
+                   "rejected one; reward margin: by how much, times beta.\n\n" + markdown(
+                       header[:len(rows[0])], rows))
     return out
 
 
-def curve(log, file):
+def curve(log, file, width=640, height=320, pad=44):
     """The loss over the steps as a picture: every step in grey, a running mean in blue."""
     loss = [json.loads(line)["loss"] for line in Path(log).read_text().splitlines()]
-    width, height, pad = 640, 320, 44
     low, high, mean, smooth = min(loss), max(loss), loss[0], []
     for value in loss:
         mean += .1 * (value - mean)
@@ -602,92 +554,81 @@ def curve(log, file):
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
 
-    def at(step, value):
-        return (pad + step * (width - 2 * pad) / max(1, len(loss) - 1),
-                height - pad - (value - low) * (height - 2 * pad) / ((high - low) or 1))
+    def points(values):
+        right = (width - 2 * pad) / max(1, len(loss) - 1)
+        up = (height - 2 * pad) / (high - low or 1)
+        return [(pad + i * right, height - pad - (v - low) * up) for i, v in enumerate(values)]
 
     for value in (low + k * (high - low) / 4 for k in range(5)):
-        draw.line([at(0, value), at(len(loss) - 1, value)], fill=(225, 225, 225))
-        draw.text((4, at(0, value)[1] - 6), f"{value:.3g}", fill="black")
-    draw.line([at(i, v) for i, v in enumerate(loss)], fill=(190, 190, 190))
-    draw.line([at(i, v) for i, v in enumerate(smooth)], fill=(40, 80, 220), width=2)
+        draw.line(points([value] * len(loss)), fill=(225, 225, 225))
+        draw.text((4, points([value])[0][1] - 6), f"{value:.3g}", fill="black")
+    draw.line(points(loss), fill=(190, 190, 190))
+    draw.line(points(smooth), fill=(40, 80, 220), width=2)
     draw.text((width // 2 - 60, height - 18), f"loss over {len(loss)} steps", fill="black")
     picture.save(file)
 
 
-def panels(rows, headings, notes, file):
-    """A page of pictures: rows of equally large ones, a heading over each column, and lines under
-    each row: notes[row] = [(text, color of the square before it)]."""
-    font, side, gap, line = ImageFont.load_default(13), rows[0][0].width, 12, 17
-    width = len(headings) * (side + gap) + gap
-    notes = [[(part, color if first else None) for text, color in note for first, part in
-              zip([True] + [False] * 99, textwrap.wrap(text, (width - 3 * gap) // 7))]
-             for note in notes]
-    page = Image.new("RGB", (width, line + gap + sum(side + gap + line * len(n) for n in notes)),
-                     "white")
-    draw, y = ImageDraw.Draw(page), line + gap // 2
-    for i, heading in enumerate(headings):
-        draw.text((gap + i * (side + gap), 3), heading[-side // 8:], fill="black", font=font)
-    for pictures, note in zip(rows, notes):
-        for i, picture in enumerate(pictures):
-            page.paste(picture, (gap + i * (side + gap), y))
-        y += side + 2
-        for text, color in note:
-            if color:
-                draw.rectangle([gap, y + 3, gap + 9, y + 12], fill=color, outline="black")
-            draw.text((gap + 14, y), text, fill="black", font=font)
-            y += line
-        y += gap - 2
-    page.save(file)
+def line(text, width, color="white"):
+    """A line of a page, behind a square of a color: (17, width, 3)."""
+    image = Image.new("RGB", (width, 17), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([4, 4, 12, 12], fill=color)
+    draw.text((17, 0), text, fill="black", font=ImageFont.load_default(13))
+    return np.array(image)
 
 
-def opened(sample, side):
-    """The picture of a sample (or of a file), squared, pixels visible."""
-    image = sample.image if isinstance(sample, Sample) else Image.open(sample)
-    return image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+def panels(rows, headings, notes, file, side=190):
+    """A page of pictures, a row for each (image or file, region, maps): the image, then each map, a
+    square array of colors, laid over it, with the outline of the region, (H, W) bool, if there is
+    one. A heading over each column; lines under each row: notes[row] = [(text, color)]."""
+    page = [np.hstack([line(heading[-side // 8:], side) for heading in headings])]
+    width, size = page[0].shape[1], (side - 8, side - 8)
+    for (image, region, maps), note in zip(rows, notes):
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image, *maps = (i.convert("RGB").resize(size, Image.NEAREST) for i in (
+            image, *(Image.fromarray(colors.astype(np.uint8)) for colors in maps)))
+        grey = image.convert("L").convert("RGB")
+        pictures = [image, *(Image.blend(grey, colors, .65) for colors in maps)]
+        if region is not None:
+            mask = Image.fromarray(region).convert("L").resize(size, Image.NEAREST)
+            edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(5)))
+            for picture in pictures:
+                picture.paste("white", mask=edge)
+        page.append(np.hstack([ImageOps.expand(picture, 4, "white") for picture in pictures]))
+        page += [line(part, width, color) for text, color in note
+                 for part in textwrap.wrap(text, width // 8)]
+    Image.fromarray(np.vstack(page)).save(file)
 
 
-def segmentation_picture(samples, found, colors, file, side=160):
-    """As the paper's figure 9. found: {heading: (samples, patches, classes) bool}, the truth among
-    them; colors: {class: its RGB}. A patch with several classes is striped."""
-    rows = []
-    for i, sample in enumerate(samples):
-        rows.append([opened(sample, side)])
-        for seen in found.values():
-            grid = round(seen.shape[1] ** .5)
-            rows[-1].append(Image.blend(rows[-1][0].convert("L").convert("RGB"),
-                                        Image.new("RGB", (side, side), "white"), .5))
-            draw = ImageDraw.Draw(rows[-1][-1])
-            for place, classes in enumerate(seen[i]):
-                painted = [c for c, there in zip(colors.values(), classes) if there]
-                x, y, wide = place % grid * side / grid, place // grid * side / grid, side / grid
-                for j, color in enumerate(painted):
-                    draw.rectangle([x + j * wide / len(painted), y,
-                                    x + (j + 1) * wide / len(painted) - 1, y + wide - 1], color)
+def segmentation_picture(images, found, colors, file, wide=12):
+    """As the paper's figure 9: a patch has a stripe for each of its classes. found: {heading:
+    (images, patches, classes) bool}, the truth among them; colors: {class: its RGB}."""
+    def striped(seen):
+        grid = round(len(seen) ** .5)
+        out = np.full((grid, wide, grid, wide, 3), 255)
+        for place, classes in enumerate(seen):
+            painted = [color for color, there in zip(colors.values(), classes) if there]
+            for x in range(wide if painted else 0):
+                out[place // grid, :, place % grid, x] = painted[x * len(painted) // wide]
+        return out.reshape(grid * wide, grid * wide, 3)
+
+    rows = [(image, None, [striped(seen[i]) for seen in found.values()])
+            for i, image in enumerate(images)]
     some = torch.stack([seen.flatten(0, 1).any(0) for seen in found.values()]).any(0)
-    legend = [(name, color) for (name, color), there in zip(colors.items(), some) if there]
+    legend = [both for both, there in zip(colors.items(), some) if there]
     panels(rows, ["image", *found], [[]] * (len(rows) - 1) + [legend], file)
 
 
-def gradient_picture(samples, maps, file, side=200):
+def gradient_picture(samples, maps, file):
     """As the paper's figure 7: image with the region's outline, SFT's and DPO's map (each scaled
     to its own maximum), question and both answers. samples, maps: gradient_maps', those to draw."""
-    rows, notes = [], []
-    for sample, strengths in zip(samples, maps.numpy()):
-        rows.append([opened(sample, side)])
-        mask = Image.fromarray(sample.region).convert("L").resize((side, side), Image.NEAREST)
-        edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(5)))
-        for strength in strengths[:2]:
-            grid = round(len(strength) ** .5)
-            heat = (strength / strength.max()).reshape(grid, grid)
-            heat = np.stack([np.interp(heat, [0, .25, .5, .75, 1], c) for c in (
-                (20, 60, 180, 250, 255), (10, 20, 40, 140, 250), (60, 130, 110, 30, 120))], -1)
-            heat = Image.fromarray(heat.astype(np.uint8)).resize((side, side), Image.NEAREST)
-            rows[-1].append(Image.blend(rows[-1][0].convert("L").convert("RGB"), heat, .65))
-        for picture in rows[-1]:
-            picture.paste("white", mask=edge)
-        notes.append(list(zip((*sample.turns[-1], sample.rejected), ("white", "green", "red"))))
-    panels(rows, ["image", "SFT", "DPO"], notes, file)
+    ramp = (20, 60, 180, 250, 255), (10, 20, 40, 140, 250), (60, 130, 110, 30, 120)     # RGB
+    grid = round(maps.shape[2] ** .5)
+    heat = (maps / maps.amax(2, keepdim=True)).unflatten(2, (grid, grid)).numpy()
+    heat = np.stack([np.interp(heat, [0, .25, .5, .75, 1], color) for color in ramp], -1)
+    notes = [list(zip((*s.turns[-1], s.rejected), ("white", "green", "red"))) for s in samples]
+    panels([(s.image, s.region, both[:2]) for s, both in zip(samples, heat)],
+           ["image", "SFT", "DPO"], notes, file)
 
 
 # ----------------------------------------------------------------- encoders, side by side
@@ -730,51 +671,42 @@ def read_folder(folder, seed):
     number or annotation file, the classes' names). FOLDER/train/CLASS/*, val/CLASS/*; or
     FOLDER/images/training/*, annotations/training/*.png, and validation beside training. What has
     no test pictures gives a fifth of the others; where L2 is chosen, a tenth goes to that."""
-    root, label = Path(folder), {}
-    masked = (root / "annotations").is_dir()
+    root, masked = Path(folder), (Path(folder) / "annotations").is_dir()
     top = root / "images" if masked else root
     parts = [top / p for p in (("training", "validation") if masked else ("train", "val"))]
-    parts = parts if parts[0].is_dir() else [top]
-    files = [sorted(str(p) for p in part.rglob("*") if p.suffix.lower() in (
-        ".jpg", ".jpeg", ".png", ".webp")) for part in parts]
+    parts = [part for part in parts if part.is_dir()] or [top]
+    files = [sorted(str(p) for p in part.rglob("*") if p.suffix.lower() in SUFFIXES)
+             for part in parts]
     for each in files:
         random.Random(seed).shuffle(each)
-    learn, test = files if len(files) == 2 and files[1] else (
-        files[0][len(files[0]) // 5:], files[0][:len(files[0]) // 5])
-    if not masked:
-        label = {name: i for i, name in enumerate(sorted({Path(p).parent.name for p in learn}))}
-    if not test or len(label) < 2 and not masked:
+    learn, test = [*files, []][:2]
+    fifth = len(learn) // 5
+    learn, test = (learn, test) if test else (learn[fifth:], learn[:fifth])
+    found, names = learn + test, sorted({Path(file).parent.name for file in learn})
+    if not test or not masked and len(names) < 2:
         raise BadInput(f"{folder}: needs at least two folders with pictures, one per class (in "
                        f"train/ and val/), or images/ and annotations/")
-
-    def truth(file):
-        at = root / "annotations" / Path(file).relative_to(top).with_suffix(".png")
-        if masked and at.exists():
-            return at
-        if not masked and Path(file).parent.name in label:
-            return label[Path(file).parent.name]
-        raise BadInput(f"{file}: " + (f"its annotation {at} is not there" if masked else
-                                      f"class {Path(file).parent.name} has nothing to learn from"))
-
-    start = len(learn) - (0 if masked else max(1, len(learn) // 10))
-    found = learn + test
-    return found, (start, len(learn)), [truth(file) for file in found], list(label)
+    if masked:
+        truth = [root / "annotations" / Path(file).relative_to(top).with_suffix(".png")
+                 for file in found]
+        most = max(int(annotation(file).max()) for file in tqdm(truth, "classes", leave=False))
+        return found, (len(learn), len(learn)), truth, range(1, most + 1)
+    number = {name: i for i, name in enumerate(names)}
+    truth = [number.get(Path(file).parent.name) for file in found]
+    if None in truth:
+        raise BadInput(f"{found[truth.index(None)]}: its class has nothing to learn from")
+    return found, (len(learn) - max(1, len(learn) // 10), len(learn)), truth, names
 
 
-def patch_truth(truth, size, grid):
-    """Segmentation's labels of scenes or annotation files: ({class: its color}, (pictures, patches,
-    classes) bool). In the world, every value of every detail that is talked about is a class."""
-    if isinstance(truth[0], Path):
-        count = max(int(annotation(file).max()) for file in tqdm(truth, "classes", leave=False))
-        names, maps = {"class": range(1, count + 1)}, lambda file: [annotation(file, size)]
-    else:
-        names, maps = DETAILS, lambda scene: object_maps(scene, size)
-    seen = torch.stack([torch.cat([patch_labels(ids, grid, len(values)) for ids, values in
-                                   zip(maps(one), names.values())], 1)
+def patch_truth(truth, kinds, size, grid):
+    """Segmentation's labels of scenes or annotation files: (pictures, patches, classes) bool. In
+    the world, every value of every detail that is talked about is a class."""
+    def maps(one):
+        return object_maps(one, size) if isinstance(one, Scene) else [annotation(one, size)]
+
+    return torch.stack([torch.cat([patch_labels(ids, grid, len(classes)) for ids, classes in
+                                   zip(maps(one), kinds.values())], 1)
                         for one in tqdm(truth, "labels", leave=False)])
-    names = [f"{name} {value}" for name, values in names.items() for value in values]
-    wheel = [ImageColor.getrgb(f"hsv({i * 137 % 360}, 80%, 90%)") for i in range(len(names))]
-    return {n: COLORS.get(n.removeprefix("color "), c) for n, c in zip(names, wheel)}, seen
 
 
 def world_scenes(seed, sizes):
@@ -786,83 +718,85 @@ def world_scenes(seed, sizes):
     return made, torch.tensor(where), torch.tensor(values)
 
 
-def linear_rows(tokens, where, values, cuts, device):
-    """The world's linear probes: {"mean" and "cell": {attribute: linear_probe's}}, of an object
-    from the mean of its cell's 3 x 3 patches, or from all nine side by side."""
-    x, ends = cells(tokens)[where[:, 0], where[:, 1]], [int((where[:, 0] < c).sum()) for c in cuts]
-    counts = [len(v) for v in DRAWN.values()]
-    rows = {pool: dict(zip(DRAWN, linear_probe(f(x), values, counts, ends, device))) for pool, f in
-            (("mean", lambda x: x.mean(1)), ("cell", lambda x: x.flatten(1)))}
-    for row in rows.values():               # objects of a scene share their ground: count scenes
-        scenes, ground = len(tokens) - cuts[1], row["ground"]
-        ground |= {"right": ground["right"] * scenes / ground["n"], "n": scenes}
-    return rows
+def world_rows(views, where, values, words, cuts, device):
+    """What the world's scenes tell about features: linear probes of an object, from the mean of its
+    cell's 3 x 3 patches and from all nine side by side; alignment with words, features of captions
+    (None: not measured)."""
+    ends, row = [int((where[:, 0] < c).sum()) for c in cuts], {"linear": {}}
+    for view, tokens in views.items():
+        x = cells(tokens)[where[:, 0], where[:, 1]]
+        for pool, pooled in (("mean", x.mean(1)), ("cell", x.flatten(1))):
+            counts = [len(drawn) for drawn in DRAWN.values()]
+            found = dict(zip(DRAWN, linear_probe(pooled, values, counts, ends, device)))
+            ground, scenes = found["ground"], len(tokens) - cuts[1]     # one for all objects of
+            ground |= {"right": ground["right"] * scenes / ground["n"], "n": scenes}    # a scene
+            row["linear"][f"{view}, {pool}"] = found
+    if words is not None:
+        row["alignment"] = {view: mutual_knn(tokens[cuts[1]:].mean(1), words, KS)
+                            for view, tokens in views.items()}
+        row["alignment"]["chance"] = {k: k / (len(words) - 1) for k in KS}
+    return row
 
 
 def probes(encoders, folder=None, llm=None, select_layer=-2, seed=0, scenes=(1000, 300, 1000),
            device="cpu", workers=0, out=None):
     """Every probe on every encoder, on the same pictures, and on a random encoder like the first.
 
-    encoders: {name: encoder folder, or (encoder, projector) folders}. folder: see read_folder;
-    None: the world; of `scenes` so many to learn from, to choose L2 on, and to test on. llm: a text
-    LLM to align with (world). out: folder for the segmentation's picture, and, while it works, for
-    the features of `folder`.
+    encoders: {name: load_parts' folders}. folder: see read_folder; None: the world; of `scenes` so
+    many to learn from, to choose L2 on, and to test on. llm: a text LLM to align with (world). out:
+    folder for the segmentation's pictures, and, while it works, for features.
     Returns {name: {"linear": {view: {attribute: linear_probe's}}, "segmentation": {"recall", "f1":
     [per head], "classes": {class: recall}}, "alignment": {view: {k: score}}}}."""
-    results, labels, found, config = {}, {}, {}, None
+    results, labels, found, config, words = {}, {}, {}, None, None
     if folder:
-        files, cuts, truth, names = read_folder(folder, seed)
-        samples, linear, masked = files, bool(names), not names
+        images, cuts, truth, names = read_folder(folder, seed)
+        kinds = {"class": names}
     else:
         truth, where, values = world_scenes(seed, scenes)
-        samples = [Sample(f"probe {i}", scene.image(), []) for i, scene in enumerate(truth)]
-        cuts, linear, masked = (scenes[0], scenes[0] + scenes[1]), False, True
-        words = text_features(llm, [s.caption() for s in truth[cuts[1]:]], device) if llm else None
+        images, kinds = [scene.image() for scene in truth], DETAILS
+        cuts = scenes[0], scenes[0] + scenes[1]
+        if llm:
+            words = text_features(llm, [scene.caption() for scene in truth[cuts[1]:]], device)
+    masked = not isinstance(truth[0], int)
+    pool = (lambda x: x) if masked else (lambda x: x.mean(1))
+    names = [f"{kind} {value}" for kind, classes in kinds.items() for value in classes]
+    colors = {name: COLORS.get(name.removeprefix("color "), ImageColor.getrgb(
+        f"hsv({i * 137 % 360}, 80%, 90%)")) for i, name in enumerate(names)}
     for name, at in {**encoders, "random": None}.items():
-        if at:
-            parts = load_parts(*([at] if isinstance(at, (str, Path)) else at),
-                               select_layer=select_layer)
-            config = config or parts[0].config
-        else:
-            parts = [initialise(Encoder(config, select_layer), seed)]
+        parts = load_parts(*at, select_layer=select_layer) if at else [
+            initialise(Encoder(config, select_layer), seed)]
         row, c = results.setdefault(name, {}), parts[0].config
+        config = config or c
         with tempfile.TemporaryDirectory(dir=out) as memory:
-            views = dict(zip(VIEWS, features(
-                [p.to(device) for p in parts], samples, (lambda x: x.mean(1)) if linear else
-                (lambda x: x), device, memory if folder else None, workers)))
-            if linear:
+            views = dict(zip(VIEWS, features([p.to(device) for p in parts], images, pool, memory,
+                                             device, workers)))
+            if not folder:
+                row |= world_rows(views, where, values, words, cuts, device)
+            if not masked:
                 row["linear"] = {view: {"class": linear_probe(x, torch.tensor(truth)[:, None], [
                     len(names)], cuts, device)[0]} for view, x in views.items()}
-            elif not folder:
-                row["linear"] = {f"{view}, {pool}": rows for view, x in views.items() for pool, rows
-                                 in linear_rows(x, where, values, cuts, device).items()}
-                if words is not None:
-                    row["alignment"] = {view: mutual_knn(x[cuts[1]:].mean(1), words, KS)
-                                        for view, x in views.items()}
-                    row["alignment"]["chance"] = {k: k / (len(words) - 1) for k in KS}
-            if masked:
-                size = c.image_size, c.image_size // c.patch_size
-                if size not in labels:
-                    labels[size] = patch_truth(truth, *size)
-                colors, seen = labels[size]
-                row["segmentation"], found[name] = segmentation_probe(
-                    views[VIEWS[0]], seen, cuts[1], seed, device)
-                row["segmentation"]["classes"] = dict(zip(
-                    colors, row["segmentation"]["classes"]))
-    for detail in (["class"] if folder else DETAILS) if found and out else ():
-        at = [i for i, name in enumerate(colors) if name.startswith(detail)]
-        some = [i for i, there in enumerate(seen[cuts[1]:, :, at]) if there.any()][:6]
-        shown = {name: f[some][:, :, at] for name, f in [("truth", seen[cuts[1]:]), *found.items()]}
-        segmentation_picture([samples[cuts[1] + i] for i in some], shown,
-                             {name: colors[name] for name in colors if name.startswith(detail)},
-                             Path(out) / f"segmentation-{detail}.png")
+                continue
+            size = c.image_size, c.image_size // c.patch_size
+            if size not in labels:
+                labels[size] = patch_truth(truth, kinds, *size)
+            row["segmentation"], found[name] = segmentation_probe(
+                views[VIEWS[0]], labels[size], cuts[1], seed, device)
+            row["segmentation"]["classes"] = dict(zip(names, row["segmentation"]["classes"]))
+    for kind in kinds if masked and out else ():
+        at = [i for i, name in enumerate(names) if name.startswith(kind)]
+        shown = {"truth": labels[size][cuts[1]:], **found}
+        some = [i for i, there in enumerate(shown["truth"][:, :, at]) if there.any()][:6]
+        segmentation_picture([images[cuts[1] + i] for i in some],
+                             {name: seen[some][:, :, at] for name, seen in shown.items()},
+                             {names[i]: colors[names[i]] for i in at},
+                             Path(out) / f"segmentation-{kind}.png")
     return results
 
 
 def probe_tables(results):
     """The results of probes as markdown tables, a row for each encoder, with 95% intervals: of a
     share (Wilson), or over segmentation's heads."""
-    out = []
+    out, any_row = [], next(iter(results.values()))
 
     def table(what, header, rows):
         out.append(f"{what}\n\n" + markdown(["encoder", *header], rows))
@@ -877,60 +811,59 @@ def probe_tables(results):
 
     for view in dict.fromkeys(v for row in results.values() for v in row.get("linear", ())):
         rows = {n: row["linear"][view] for n, row in results.items() if view in row["linear"]}
-        any_row = next(iter(rows.values()))
-        columns = {name: [name] for name in any_row}
-        if "tilt" in columns:
-            columns = {"asked": list(DETAILS), "never": ["tilt", "ground"], **columns}
-        rows = [[n, *(right([row[c] for c in cs]) for cs in columns.values())]
-                for n, row in rows.items()] + [["constant", *(
-                    share(any_row[c]["constant"] for c in cs) for cs in columns.values())]]
-        table(f"Linear probe, {view}: top-1 on test.", columns, rows)
-    first = next(iter(results.values()))
-    if "segmentation" in first:
-        groups = {"class": 0} if "tilt" not in str(first) else DETAILS
-        rows = [[n, *(spread(row["segmentation"][k]) for k in ("recall", "f1")), *(share(
-            v for c, v in row["segmentation"]["classes"].items() if c.startswith(g) and v == v)
-            for g in groups)] for n, row in results.items()]
+        some = next(iter(rows.values()))
+        groups = {name: [name] for name in some}
+        if "tilt" in some:
+            groups = {"asked": list(DETAILS), "never": ["tilt", "ground"], **groups}
+        constant = [fmean(some[c]["constant"] for c in cs) for cs in groups.values()]
+        table(f"Linear probe, {view}: top-1 on test.", groups, [
+            *([n, *(right([row[c] for c in cs]) for cs in groups.values())]
+              for n, row in rows.items()), ["constant", *constant]])
+    if "segmentation" in any_row:
+        kinds = dict.fromkeys(name.split()[0] for name in any_row["segmentation"]["classes"])
+        found = {n: row["segmentation"] for n, row in results.items()}
         table("Segmentation probe: what each patch contains, macro over classes; recall by kind.",
-              ["recall", "F1", *groups], rows)
-    if "alignment" in first:
-        rows = [[f"{n}, {view}", *scores.values()] for n, row in results.items()
-                for view, scores in row["alignment"].items() if view != "chance" or n == "random"]
-        table("Alignment with the text LLM: mutual k nearest neighbours.",
-              [f"k = {k}" for k in rows and first["alignment"][VIEWS[0]]], rows)
+              ["recall", "F1", *kinds],
+              [[n, spread(row["recall"]), spread(row["f1"]), *(
+                  fmean(v for c, v in row["classes"].items() if c.startswith(kind) and v == v)
+                  for kind in kinds)] for n, row in found.items()])
+    if "alignment" in any_row:
+        table("Alignment with the text LLM: mutual k nearest neighbours.", [f"k = {k}" for k in KS],
+              [[f"{n}, {view}", *scores.values()] for n, row in results.items()
+               for view, scores in row["alignment"].items() if view != "chance" or n == "random"])
     return out
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoders", nargs="+", metavar="ENCODER", help="an encoder's folder, or a "
-                        "stage's with encoder/ in it; a projector/ beside it is probed as well")
-    parser.add_argument("--data", help="your pictures: a folder per class in train/ and val/, or "
-                        "images/ and annotations/ (default: the world's probe scenes)")
-    parser.add_argument("--select-layer", type=int, default=-2, help="layer that is probed, as in "
-                        "LLaVA; 0: the last, normed (default: -2)")
-    parser.add_argument("--encoder-config", help="folder with the JSON files of the encoder that an "
-                        "official PIVOT or LLaVA-OneVision folder began with")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--llm", help="text LLM folder for the alignment probe (default: none)")
-    parser.add_argument("--out", help="folder for results.json and pictures (default: none)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
-    asked, encoders = parser.parse_args(argv), {}
-    for name in asked.encoders:
-        folder = Path(name) / "encoder" if (Path(name) / "encoder").is_dir() else Path(name)
-        beside = folder.parent / "projector"
-        encoders[name] = (folder, beside if beside.is_dir() else None)
-        if asked.encoder_config and not beside.is_dir():        # one folder for all parts
-            encoders[name] = folder, folder, asked.encoder_config
+    add = parser.add_argument
+    add("encoders", nargs="+", metavar="ENCODER", help="an encoder's folder, or a stage's with "
+        "encoder/ in it; a projector/ beside it is probed as well")
+    add("--data", dest="folder", help="your pictures: a folder per class in train/ and val/, or "
+        "images/ and annotations/ (default: the world's probe scenes)")
+    add("--select-layer", type=int, default=-2, help="layer that is probed, as in LLaVA; 0: the "
+        "last, normed (default: -2)")
+    add("--encoder-config", help="folder with the JSON files of the encoder that an official PIVOT "
+        "or LLaVA-OneVision folder began with")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--llm", help="text LLM folder for the alignment probe (default: none)")
+    add("--out", type=Path, help="folder for results.json and pictures (default: none)")
+    add("--workers", type=int, default=0, help="processes that read pictures")
+    asked = vars(parser.parse_args(argv))
+    config, encoders, out = asked.pop("encoder_config"), asked.pop("encoders"), asked["out"]
+    folders = {}
+    for name in encoders:
+        home = Path(name) / "encoder" if (Path(name) / "encoder").is_dir() else Path(name)
+        beside = home.parent / "projector"
+        folders[name] = ((home, beside) if beside.is_dir() else
+                         (home, home, config) if config else (home,))       # LLaVA's: all in one
     try:
-        if asked.out:
-            Path(asked.out).mkdir(parents=True, exist_ok=True)
-        results = probes(encoders, asked.data, asked.llm, asked.select_layer, asked.seed,
-                         device="cuda" if torch.cuda.is_available() else "cpu",
-                         workers=asked.workers, out=asked.out)
-        if asked.out:
-            write_json(Path(asked.out) / "results.json", results)
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+        results = probes(folders, device="cuda" if torch.cuda.is_available() else "cpu", **asked)
+        if out:
+            write_json(out / "results.json", results)
         print("\n\n".join(probe_tables(results)))
     except BadInput as error:
         print(f"probe: {error}", file=sys.stderr)
