@@ -736,7 +736,8 @@ def measure(s, folder, parts, pairs, prepare, device):
     pairs about the world's held-out scenes, or a user's held-out pairs."""
     questions = s.questions and data.Records(s.questions, s.image_root)
     if not s.data:
-        pairs = s.stage != "pivot" and data.World("preferences", s.split, 4 * s.eval_scenes)
+        pairs = None if s.stage == "pivot" else data.World("preferences", s.split,
+                                                           4 * s.eval_scenes)
         questions = questions or data.World("questions", s.split,
                                             len(data.World.asked) * s.eval_scenes)
     elif pairs and not pairs.preferences:
