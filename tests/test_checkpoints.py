@@ -339,7 +339,7 @@ HUGE_HEADER = (2 ** 60).to_bytes(8, "little") + b"{}"
     ("siglip", {"image_size": [32, 32]}, '"image_size"'),
     ("siglip", {"image_size": -32}, '"image_size" is -32'),
     ("siglip", {"patch_size": 0}, '"patch_size" is 0'),
-    ("siglip", {"patch_size": 64}, '"patch_size" 64 is more'),
+    ("siglip", {"patch_size": 64}, '"patch_size" 64 make 0'),
     ("siglip", {"layer_norm_eps": float("nan")}, '"layer_norm_eps"'),
     ("siglip", {"num_attention_heads": 3}, '"num_attention_heads" is 3'),
     ("siglip", {"num_hidden_layers": 10 ** 9}, '"num_hidden_layers" is 1000000000'),
