@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from data import IMAGE, BadInput
@@ -567,30 +568,67 @@ def open_tensors(folder, *prefixes):
 
 
 def fill(make, folder, tensors, lost=()):
-    """make()'s module with a folder's tensors in fp32, read one by one. All must be there and fit;
-    zeros stand for those whose names begin with `lost`."""
+    """make()'s module with a folder's tensors in fp32. All must be there and fit; zeros stand for
+    those whose names begin with `lost`. Under torch.device("meta") it gets no values yet, only the
+    functions that read them, see read_weights."""
+    with torch.device("meta"):
+        module = make()
+    own, module.stored = module.state_dict(), {}
+    antialias = "embeddings.register_tokens" in own         # as DINOv2 does with registers only
+    state = {name: v for name, v in own.items() if name.startswith(lost)}
     try:
-        with torch.device("meta"):
-            module = make()
-        own = module.state_dict()
-        state = {k: torch.zeros(v.shape) for k, v in own.items() if k.startswith(lost)}
         for name, (f, key) in tensors.items():
             if name not in own and ("rotary_emb" in name or
                                     not name.startswith(("encoder.layers.", "model.layers."))):
                 continue        # not used; but a bias, a norm, a layer must be
-            t, like = f.get_tensor(key), own.get(name, torch.empty(()))
-            if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                raise RuntimeError(f"{key} is {t.dtype}")
-            t = t.to(torch.float32, copy=True).reshape(t.shape[-like.ndim:])
-            if "position" in name and len(t) != len(like):
-                t = interpolated(t, len(like), antialias=module.config.num_register_tokens > 0)
-            if not t.sum().isfinite():
-                raise RuntimeError(f"{key} has values that are not finite")
-            state[name] = t
-        module.load_state_dict(state, assign=True)
+            stored, like = f.get_slice(key), own.get(name, torch.empty(1))
+            if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise RuntimeError(f"{key} is {stored.get_dtype()}")
+            shape = stored.get_shape()[-like.ndim:]
+            if "position" in name:
+                shape[0] = len(like)
+            state[name] = torch.empty(shape, device="meta")
+            module.stored[name] = reader(folder, f, key, like.shape, antialias)
+        module.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {' '.join(str(error).split())[:300]}") from None
-    return module
+    return module if torch.get_default_device().type == "meta" else read_weights(module)
+
+
+def reader(folder, f, key, shape, antialias):
+    """A function (start, stop) -> those rows, in fp32, of a stored tensor that our model wants in
+    this shape. Only they are read, but of positions and tokens, which are small, all."""
+    def read(start, stop):
+        try:
+            if f.get_slice(key).get_shape() == [*shape]:
+                t = f.get_slice(key)[start:stop].float()
+            else:                           # a batch of one, positions of pictures of another size
+                t = f.get_tensor(key).float().reshape(-1, *shape[1:])
+                t = (t if len(t) == shape[0] else interpolated(t, shape[0], antialias))[start:stop]
+            if not t.sum().isfinite():
+                raise RuntimeError(f"{key} has values that are not finite")
+            return t
+        except (RuntimeError, SafetensorError) as error:
+            raise BadInput(f"{folder}: {' '.join(str(error).split())[:300]}") from None
+    return read
+
+
+def read_weights(model, device="cpu"):
+    """Move a model to its device; what fill left on the meta device gets its values there: of a
+    parameter that FSDP has sharded this process reads its own rows only. Returns the model."""
+    stored = {f"{at}.{name}".strip("."): read for at, module in model.named_modules()
+              for name, read in vars(module).pop("stored", {}).items()}
+    model._apply(lambda t: t.to(device) if t.device.type != "meta" else
+                 torch.zeros_like(t, device=device))
+    for name, p in model.named_parameters():
+        if name in stored:
+            local, start = p.detach(), 0
+            if isinstance(p, DTensor):      # of equal parts, of which the last ones may be shorter
+                local, mesh = local.to_local(), p.device_mesh
+                start = mesh.get_local_rank() * math.ceil(len(p) / mesh.size())
+            if len(local):
+                local.copy_(stored[name](start, start + len(local)))
+    return model
 
 
 def interpolated(table, rows, antialias):
@@ -647,11 +685,13 @@ def load_llm(folder):
 def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None,
                encoder_config=None):
     """Three folders -> MLLM; in LLaVA's own layout they are one. projector None: a fresh one.
-    image_size, encoder_config: see load_encoder."""
+    image_size, encoder_config: see load_encoder. Under torch.device("meta"): see fill."""
     encoder, llm = load_encoder(encoder, select_layer, image_size, encoder_config), load_llm(llm)
     widths = encoder.config.hidden_size, llm.config.hidden_size
-    return MLLM(encoder, initialise(Projector(*widths), seed) if not projector else fill(
-        lambda: Projector(*widths), projector, open_tensors(projector, "model.mm_projector.")), llm)
+    with torch.device("cpu"):               # small: always read or made
+        return MLLM(encoder, initialise(Projector(*widths), seed) if not projector else fill(
+            lambda: Projector(*widths), projector,
+            open_tensors(projector, "model.mm_projector.")), llm)
 
 
 @contextlib.contextmanager
