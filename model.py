@@ -5,6 +5,7 @@ Modules and parameters carry the names of Hugging Face's checkpoints (SigLIP's v
 and Llama's decoder), so that loading is load_state_dict and what we save opens there.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import IMAGE, BadInput
@@ -88,27 +90,47 @@ def visible(sample_q, segment_q, column_q, sample_k, segment_k, column_k):
             ((segment_k == 0) | (segment_q == segment_k)))
 
 
-def mask_of(sample, segment):
-    """Who sees whom. sample, segment: (rows, length) -> bool (rows, 1, length, length)"""
-    column = torch.arange(sample.shape[1], device=sample.device)
-    queries = sample[:, None, :, None], segment[:, None, :, None], column[:, None]
-    return visible(*queries, sample[:, None, None], segment[:, None, None], column)
+def mask_of(sample, segment, kernels=False):
+    """Who sees whom. sample, segment: (rows, length) -> bool (rows, 1, length, length). For the
+    kernels of CUDA: None, plain causal attention, where a row is one sample with one response and
+    then padding; else a BlockMask, by which FlexAttention skips what nobody sees."""
+    rows, length = sample.shape
+
+    def see(row, head, i, j):
+        return visible(sample[row, i], segment[row, i], i, sample[row, j], segment[row, j], j)
+
+    if not kernels:
+        row, column = (torch.arange(n, device=sample.device) for n in (rows, length))
+        return see(row[:, None, None], 0, column[:, None], column)[:, None]
+    if not ((segment > 1) | (sample >= 0) & (sample != sample[:, :1])).any():
+        return None
+    return create_block_mask(see, rows, None, length, length, sample.device)
 
 
-def attend(q, k, v, mask=None):
+@functools.cache
+def flex():
+    """FlexAttention as a kernel of its own: compiled at first use, once and not once per length."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def attend(q, k, v, mask=None, causal=False):
     """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), or fewer heads, of which each
-    serves several of q's; mask: what is added to scores, (B, 1, T, S) -> (B, T, heads * d).
+    serves several of q's; mask: a BlockMask, or what is added to scores, (B, 1, T, S)
+    -> (B, T, heads * d).
 
     In bf16 on a CPU it is written out: the fused kernel takes 1.7 (936 tokens) to 10 times (36
     tokens) as long."""
+    if isinstance(mask, BlockMask):         # in a block that is compiled it is compiled with it
+        kernel = flex_attention if torch.compiler.is_compiling() else flex()
+        return kernel(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
     if k.shape[1] < q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     mask = mask if mask is None else mask.type_as(q)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
         scores = (q * q.shape[-1] ** -.5) @ k.mT        # scaled here: q is smaller than the scores
         out = (scores if mask is None else scores + mask).softmax(-1) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, mask)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -262,7 +284,7 @@ class DecoderLayer(nn.Module):
         if past is not None:
             k, v = (torch.cat(pair, 2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
             past[:] = k, v
-        x = x + attn.o_proj(attend(q, k, v, mask))
+        x = x + attn.o_proj(attend(q, k, v, mask, causal=mask is None))
         h = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
@@ -286,10 +308,11 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(self, x, mask, position, past=None):
-        """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T)
+        """x: (B, T, width) embeddings, mask: see mask_of, position: (B, T)
         -> (B, T, width), normed. past: a list with one list per layer, see DecoderLayer."""
         c, lowest = self.config, torch.finfo(torch.bfloat16).min        # finite in fp32, too
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
+        if isinstance(mask, torch.Tensor):
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
         f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=x.device) / c.head_dim)
         if c.factor:        # Llama 3 slows down what hardly turned within its first pretraining
             turns = c.original_max_position_embeddings * f / (2 * math.pi)
@@ -313,6 +336,7 @@ def token_logps(hidden, head, target):
 
 class MLLM(nn.Module):
     """Vision encoder + projector + LLM; without the first two, a language model."""
+    kernels = True          # FlexAttention and causal flash, in bf16 on CUDA; else dense masks
 
     def __init__(self, encoder, projector, llm):
         super().__init__()
@@ -339,7 +363,9 @@ class MLLM(nn.Module):
 
         Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes
         each chunk again."""
-        hidden = self.llm(self.embed(batch), mask_of(batch.sample, batch.segment), batch.position)
+        kernels = self.kernels and batch.tokens.is_cuda and torch.is_autocast_enabled("cuda")
+        mask = mask_of(batch.sample, batch.segment, kernels)
+        hidden = self.llm(self.embed(batch), mask, batch.position)
         hidden, head, logps = hidden.flatten(0, 1)[batch.source], self.llm.head(), []
         for h, target in zip(hidden.split(LOGIT_CHUNK), batch.target.split(LOGIT_CHUNK)):
             logps.append(checkpoint(token_logps, h, head, target, use_reentrant=False))

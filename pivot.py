@@ -158,6 +158,8 @@ class Settings:
                         ["auto", "bfloat16", "float32"])
     checkpointing: bool = option(False, "keep only the inputs of transformer blocks; slower, smaller")
     compile: bool = option(False, "torch.compile every transformer block")
+    attention: str = option("auto", "auto: in bf16 on CUDA FlexAttention, or causal flash attention "
+                            "where that is enough; sdpa: dense masks", ["auto", "sdpa"])
     export_dtype: str = option("float32", "of the folders; bfloat16 rounds most of a DPO update away",
                                ["float32", "bfloat16"])
     export: str = option(None, "also write the model as one folder for transformers", ["llava"])
@@ -181,8 +183,8 @@ SHARED = ("runs", "preset", "seed", "wording", "encoder_config", "image_size", "
 # may change between a run and its continuation; settings that name files count by their content
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "questions",
         "image_root", "on_bad_sample", "micro_batch", "workers", "save_every", "eval_every",
-        "image", "question", "model", "export", "checkpointing", "compile", "dry_run", "gpus",
-        "utilisation")
+        "image", "question", "model", "export", "checkpointing", "compile", "attention", "dry_run",
+        "gpus", "utilisation")
 
 
 def resolve(s):
@@ -871,6 +873,7 @@ def main(argv=None):
     device = setup()
     try:
         s = resolve(asked)
+        MLLM.kernels = s.attention == "auto"
         (dry_run if s.dry_run else
          {"chat": chat, "probe": run_probe}.get(s.stage, run_stage))(s, device)
     except (BadInput, Stopped, KeyboardInterrupt) as error:
