@@ -478,13 +478,30 @@ FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= 
         tuple: lambda v: type(v) is list and len(v) == 3 and all(map(FITS[float], v))}
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Around what reads: whatever is wrong with a file is one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around what writes: a full disk, or a place that is not ours, is one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be written ({error}); what was there is whole: make room "
+                       "and start the same command again") from None
+
+
 def read_json(file):
     """A JSON object -> dict, without the type that weights had; save_folder says theirs."""
-    try:
+    with reading(file):
         return dict(json.loads(file.read_text("utf-8"), object_hook=lambda d: {
             k: v for k, v in d.items() if k not in ("dtype", "torch_dtype")}))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{file}: cannot be read as a JSON object ({error})") from None
 
 
 def checked(kind, file, values, needed=(), **known):
@@ -583,11 +600,9 @@ def open_tensors(folder, *prefixes):
     names with one of the prefixes that is cut off, and other names are left out."""
     tensors = {}
     for file in weight_files(folder):
-        try:
+        with reading(file):
             f = safe_open(file, "pt")
             tensors |= {name: (f, name) for name in f.keys()}
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     for p in prefixes:
         tensors = {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)} or tensors
     return tensors
@@ -602,22 +617,20 @@ def fill(make, folder, tensors, lost=()):
     own, module.stored = module.state_dict(), {}
     antialias = "embeddings.register_tokens" in own         # as DINOv2 does with registers only
     state = {name: v for name, v in own.items() if name.startswith(lost)}
-    try:
+    with reading(folder):
         for name, (f, key) in tensors.items():
-            if name not in own and ("rotary_emb" in name or
-                                    not name.startswith(("encoder.layers.", "model.layers."))):
-                continue        # not used; but a bias, a norm, a layer must be
-            stored, like = f.get_slice(key), own.get(name, torch.empty(1))
-            if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                raise RuntimeError(f"{key} is {stored.get_dtype()}")
-            shape = stored.get_shape()[-like.ndim:]
-            if "position" in name:
-                shape[0] = len(like)
-            state[name] = torch.empty(shape, device="meta")
-            module.stored[name] = reader(folder, f, key, like.shape, antialias)
+            if name in own:
+                dtype, shape = f.get_slice(key).get_dtype(), f.get_slice(key).get_shape()
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise TypeError(f"{key} is {dtype}")
+                shape = shape[-own[name].ndim:]             # without the batch of one
+                if "position" in name:                      # interpolated
+                    shape = [len(own[name]), *shape[1:]]
+                state[name] = torch.empty(shape, device="meta")
+                module.stored[name] = reader(folder, f, key, own[name].shape, antialias)
+            elif re.match(r"(encoder|model)\.layers\.", name) and "rotary_emb" not in name:
+                raise ValueError(f"Unexpected {key}")       # a bias, a norm, a layer
         module.load_state_dict(state)
-    except (RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{folder}: {' '.join(str(error).split())[:300]}") from None
     return module if torch.get_default_device().type == "meta" else read_weights(module)
 
 
@@ -625,17 +638,16 @@ def reader(folder, f, key, shape, antialias):
     """A function (start, stop) -> those rows, in fp32, of a stored tensor that our model wants in
     this shape. Only they are read, but of positions and tokens, which are small, all."""
     def read(start, stop):
-        try:
+        with reading(folder):
             if f.get_slice(key).get_shape() == [*shape]:
                 t = f.get_slice(key)[start:stop].float()
             else:                           # a batch of one, positions of pictures of another size
                 t = f.get_tensor(key).float().reshape(-1, *shape[1:])
-                t = (t if len(t) == shape[0] else interpolated(t, shape[0], antialias))[start:stop]
-            if not t.sum().isfinite():
-                raise RuntimeError(f"{key} has values that are not finite")
-            return t
-        except (RuntimeError, SafetensorError) as error:
-            raise BadInput(f"{folder}: {' '.join(str(error).split())[:300]}") from None
+                t = t if len(t) == shape[0] else interpolated(t, shape[0], antialias)
+                t = t.reshape(shape)[start:stop]
+        if not t.sum().isfinite():
+            raise BadInput(f"{folder}: {key} has values that are not finite")
+        return t
     return read
 
 
@@ -720,22 +732,9 @@ def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None
             open_tensors(projector, "model.mm_projector.")), llm)
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Around what writes: a full disk, or a place that is not ours, is one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written ({error}); what was there is whole: make room "
-                       "and start the same command again") from None
-
-
 def hash_file(path):
-    try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
+    with reading(path), open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def hash_weights(folder):
