@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import IMAGE, BadInput
@@ -57,7 +59,7 @@ class EncoderConfig:
 
 @dataclass
 class LLMConfig:
-    """Qwen2's / Llama's config."""
+    """A Qwen2 or Llama in the words of its config.json."""
     vocab_size: int = 512
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -88,30 +90,53 @@ def visible(sample_q, segment_q, column_q, sample_k, segment_k, column_k):
             ((segment_k == 0) | (segment_q == segment_k)))
 
 
-def additive(mask):
-    """A bool mask as what is added to the scores: 0, or a number that is finite in bf16 and fp32."""
-    hidden = torch.finfo(torch.bfloat16).min
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, hidden)
+def mask_of(sample, segment, kernels=False):
+    """Who sees whom. sample, segment: (rows, length) -> bool (rows, 1, length, length). For the
+    kernels of CUDA: None, plain causal attention, where a row is one sample with one response and
+    then padding; else a BlockMask, by which FlexAttention skips what nobody sees."""
+    rows, length = sample.shape
+
+    def see(row, head, i, j):
+        return visible(sample[row, i], segment[row, i], i, sample[row, j], segment[row, j], j)
+
+    if not kernels:
+        row, column = (torch.arange(n, device=sample.device) for n in (rows, length))
+        return see(row[:, None, None], 0, column[:, None], column)[:, None]
+    if not ((segment > 1) | (sample >= 0) & (sample != sample[:, :1])).any():
+        return None
+    return create_block_mask(see, rows, None, length, length, sample.device)
 
 
-def attend(q, k, v, mask=None):
-    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), mask: see `additive`,
-    (B, 1, T, S) -> (B, heads, T, d).
+@functools.cache
+def flex():
+    """FlexAttention as a kernel of its own: compiled at first use, once and not once per length."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """Softmax attention. q: (B, heads, T, d), k, v: (B, heads, S, d), or fewer heads, of which each
+    serves several of q's; mask: a BlockMask, or what is added to scores, (B, 1, T, S)
+    -> (B, T, heads * d).
 
     In bf16 on a CPU it is written out: the fused kernel takes 1.7 (936 tokens) to 10 times (36
     tokens) as long."""
+    if isinstance(mask, BlockMask):         # in a block that is compiled it is compiled with it
+        kernel = flex_attention if torch.compiler.is_compiling() else flex()
+        return kernel(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
+    if k.shape[1] < q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     mask = mask if mask is None else mask.type_as(q)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = (q * q.shape[-1] ** -.5) @ k.mT        # scaled here: q is smaller than the scores
-    if mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1) @ v
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
+        scores = (q * q.shape[-1] ** -.5) @ k.mT        # scaled here: q is smaller than the scores
+        out = (scores if mask is None else scores + mask).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    return out.transpose(1, 2).flatten(2)
 
 
-def heads(x, n):
+def heads(x, d):
     """(B, T, n * d) -> (B, n, T, d)"""
-    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+    return x.unflatten(-1, (-1, d)).transpose(1, 2)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -136,37 +161,28 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approxim
                "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]}
 
 
-class EncoderAttention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.n = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(c.hidden_size, c.hidden_size, c.qkv_bias) for _ in range(3))
-        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
-
-    def forward(self, x):
-        q, k, v = (heads(f(x), self.n) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
-
-
 class EncoderLayer(nn.Module):
     """Pre-norm transformer block: attention, then an MLP."""
 
     def __init__(self, c):
         super().__init__()
-        width, inner = c.hidden_size, c.intermediate_size
-        self.act, gates = ACTIVATIONS[c.hidden_act], 2 if c.hidden_act == "swiglu" else 1
+        width, gates = c.hidden_size, 2 if c.hidden_act == "swiglu" else 1
+        self.head_dim, self.act = width // c.num_attention_heads, ACTIVATIONS[c.hidden_act]
         self.layer_norm1 = LayerNorm(width, c.layer_norm_eps)
         self.layer_norm2 = LayerNorm(width, c.layer_norm_eps)
         self.layer_scale1 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
         self.layer_scale2 = nn.Parameter(torch.ones(width)) if c.layer_scale else 1
-        self.self_attn = EncoderAttention(c)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, gates * inner),
-                                  "fc2": nn.Linear(inner, width)})
+        self.self_attn = nn.ModuleDict(
+            {f"{x}_proj": nn.Linear(width, width, c.qkv_bias) for x in "qkv"} |
+            {"out_proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, gates * c.intermediate_size),
+                                  "fc2": nn.Linear(c.intermediate_size, width)})
 
     def forward(self, x):
-        x = x + self.layer_scale1 * self.self_attn(self.layer_norm1(x))
-        return x + self.layer_scale2 * self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
+        attn, mlp, h = self.self_attn, self.mlp, self.layer_norm1(x)
+        q, k, v = (heads(f(h), self.head_dim) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        x = x + self.layer_scale1 * attn.out_proj(attend(q, k, v))
+        return x + self.layer_scale2 * mlp.fc2(self.act(mlp.fc1(self.layer_norm2(x))))
 
 
 class Embeddings(nn.Module):
@@ -215,8 +231,8 @@ class Encoder(nn.Module):
 
     def unused(self):
         """The modules that do not: nothing in them ever gets a gradient."""
-        return [*self.encoder.layers[len(self.used()):],
-                *([self.post_layernorm] if self.select_layer else [])]
+        norm = [self.post_layernorm] if self.select_layer else []
+        return [*self.encoder.layers[len(self.used()):], *norm]
 
     def forward(self, pixels):
         x = self.pre_layrnorm(self.embeddings(pixels))
@@ -241,47 +257,36 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-class Attention(nn.Module):
-    """Grouped-query attention: several query heads share a key and value head."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.n, self.kv = c.num_attention_heads, c.num_key_value_heads
-        self.q_proj = nn.Linear(c.hidden_size, self.n * c.head_dim, c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv * c.head_dim, c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv * c.head_dim, c.attention_bias)
-        self.o_proj = nn.Linear(self.n * c.head_dim, c.hidden_size, bias=False)
-
-    def forward(self, x, mask, cos, sin, past=None):
-        """past: a list of this layer's (k, v) so far, replaced; None outside generation."""
-        q = heads(self.q_proj(x), self.n)
-        k, v = (heads(f(x), self.kv) for f in (self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
-        if past is not None:
-            k, v = (torch.cat(pair, 2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
-            past[:] = k, v
-        if self.kv < self.n:
-            k, v = (t.repeat_interleave(self.n // self.kv, 1) for t in (k, v))
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer block: attention, then SwiGLU."""
+    """Pre-norm transformer block: attention, of which several query heads share a key and value
+    head, then SwiGLU."""
 
     def __init__(self, c):
         super().__init__()
-        width, inner = c.hidden_size, c.intermediate_size
+        width, inner, bias = c.hidden_size, c.intermediate_size, c.attention_bias
+        q, kv = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+        self.head_dim = c.head_dim
         self.input_layernorm = RMSNorm(width, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(width, q, bias),
+                                        "k_proj": nn.Linear(width, kv, bias),
+                                        "v_proj": nn.Linear(width, kv, bias),
+                                        "o_proj": nn.Linear(q, width, bias=False)})
         self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(width, inner, bias=False),
                                   "up_proj": nn.Linear(width, inner, bias=False),
                                   "down_proj": nn.Linear(inner, width, bias=False)})
 
     def forward(self, x, mask, cos, sin, past=None):
-        x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin, past)
+        """past: a list of this layer's (k, v) so far, replaced; None outside generation."""
+        attn, mlp, h = self.self_attn, self.mlp, self.input_layernorm(x)
+        q, k, v = (heads(f(h), self.head_dim) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
+        if past is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v)))
+            past[:] = k, v
+        x = x + attn.o_proj(attend(q, k, v, mask, causal=mask is None))
         h = self.post_attention_layernorm(x)
-        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 
 class Decoder(nn.Module):
@@ -303,9 +308,11 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(self, x, mask, position, past=None):
-        """x: (B, T, width) embeddings, mask: bool (B, 1, T, S), position: (B, T)
-        -> (B, T, width), normed. past: a list with one list per layer, see Attention."""
-        c, mask = self.config, additive(mask)
+        """x: (B, T, width) embeddings, mask: see mask_of, position: (B, T)
+        -> (B, T, width), normed. past: a list with one list per layer, see DecoderLayer."""
+        c, lowest = self.config, torch.finfo(torch.bfloat16).min        # finite in fp32, too
+        if isinstance(mask, torch.Tensor):
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
         f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=x.device) / c.head_dim)
         if c.factor:        # Llama 3 slows down what hardly turned within its first pretraining
             turns = c.original_max_position_embeddings * f / (2 * math.pi)
@@ -329,6 +336,7 @@ def token_logps(hidden, head, target):
 
 class MLLM(nn.Module):
     """Vision encoder + projector + LLM; without the first two, a language model."""
+    kernels = True          # FlexAttention and causal flash, in bf16 on CUDA; else dense masks
 
     def __init__(self, encoder, projector, llm):
         super().__init__()
@@ -355,10 +363,9 @@ class MLLM(nn.Module):
 
         Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes
         each chunk again."""
-        column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        keys = batch.sample[:, None], batch.segment[:, None], column
-        mask = visible(batch.sample[..., None], batch.segment[..., None], column[:, None], *keys)
-        hidden = self.llm(self.embed(batch), mask[:, None], batch.position)
+        kernels = self.kernels and batch.tokens.is_cuda and torch.is_autocast_enabled("cuda")
+        mask = mask_of(batch.sample, batch.segment, kernels)
+        hidden = self.llm(self.embed(batch), mask, batch.position)
         hidden, head, logps = hidden.flatten(0, 1)[batch.source], self.llm.head(), []
         for h, target in zip(hidden.split(LOGIT_CHUNK), batch.target.split(LOGIT_CHUNK)):
             logps.append(checkpoint(token_logps, h, head, target, use_reentrant=False))
@@ -372,33 +379,28 @@ class MLLM(nn.Module):
         sampled. Returns a list of token id lists, without the end token."""
         rows, length = batch.tokens.shape
         row = torch.arange(rows, device=batch.tokens.device)
-        column = torch.arange(length + max_new, device=batch.tokens.device)
-        # new tokens are the row's own
-        sample = torch.cat((batch.sample, row[:, None].expand(-1, max_new)), 1)
-        prompt = (batch.sample >= 0).sum(1)
-        mask = visible(*(t[:, None, :, None] for t in (sample, 0 * sample)), column[:, None],
-                       *(t[:, None, None] for t in (sample, 0 * sample)), column)
-        past, now = [[] for _ in self.llm.model.layers], mask[:, :, :length, :length]
-        hidden = self.llm(self.embed(batch), now, batch.position, past)[row, prompt - 1]
-        out, open_ = [], torch.ones_like(row, dtype=torch.bool)
-        for step in range(max_new):
+        sample = torch.cat((batch.sample, row[:, None].expand(-1, max_new)), 1)     # its row's own
+        mask, prompt = mask_of(sample, 0 * sample), (batch.sample >= 0).sum(1)
+        x, position, columns, last = self.embed(batch), batch.position, slice(length), prompt - 1
+        past, out = [[] for _ in self.llm.model.layers], []
+        open_ = torch.ones_like(row, dtype=torch.bool)
+        for at in range(length, length + max_new):      # the column of the token to come
+            hidden = self.llm(x, mask[:, :, columns, :at], position, past)[row, last]
             logits = (hidden @ self.llm.head().type_as(hidden).mT).float()
             token = logits.argmax(-1) if temperature == 0 else torch.multinomial(
                 (logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
             open_ = open_ & (token != end)
             out.append(torch.where(open_, token, end))
-            if not open_.any() or step == max_new - 1:
+            if not open_.any():
                 break
-            x, at = self.llm.model.embed_tokens(token)[:, None], length + step
-            now = mask[:, :, at:at + 1, :at + 1]
-            hidden = self.llm(x, now, (prompt + step)[:, None], past)[:, 0]
+            x, columns, last = self.llm.model.embed_tokens(token)[:, None], slice(at, at + 1), 0
+            position = (prompt + at - length)[:, None]
         return [[t for t in tokens if t != end] for tokens in torch.stack(out, 1).tolist()]
 
 
 class SigLIP(nn.Module):
     """Contrastive pretraining (Zhai et al. 2023): every picture against every caption, a sigmoid
-    each. Gives the world its "original" encoder; the text tower and both heads are thrown away
-    afterwards."""
+    each. Gives the world its "original" encoder; text tower and heads are thrown away."""
 
     def __init__(self, encoder, text):
         super().__init__()
@@ -412,10 +414,8 @@ class SigLIP(nn.Module):
         features = self.encoder(batch.pixels)
         image = self.image_head(torch.cat((features.mean(1), features.amax(1)), -1))
         words = (batch.sample >= 0) & (batch.tokens != IMAGE)
-        column = torch.arange(batch.tokens.shape[1], device=words.device)
-        mask = (words[:, None] & (column[:, None] >= column))[:, None]
         x = self.text.model.embed_tokens(batch.tokens.clamp(min=0))
-        hidden = self.text(x, mask, batch.position)
+        hidden = self.text(x, mask_of(words, 0 * batch.segment), batch.position)
         text = (hidden * words[..., None]).sum(1) / words.sum(1, keepdim=True)
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         return image @ text.T * self.scale.exp() + self.shift
@@ -428,7 +428,7 @@ def initialise(module, seed):
         if p.ndim >= 2:
             std = .02 if "embed" in name and "patch" not in name else p[0].numel() ** -.5
             nn.init.normal_(p, std=std, generator=generator)
-        elif p.ndim == 1 and name.endswith("bias"):
+        elif name.endswith("bias"):
             nn.init.zeros_(p)
     return module
 
@@ -452,18 +452,17 @@ DINO = {"class_token": True, "hidden_act": "gelu", "mlp_ratio": 4, "layer_scale"
 FAMILIES = {"siglip_vision_model": SIGLIP, "clip_vision_model": CLIP, "dinov2": DINO | IMAGENET,
             "dinov2_with_registers": DINO | IMAGENET | {"num_register_tokens": 4},
             "vit_mae": VIT | IMAGENET, "vit": VIT}
-TOWER = "model.vision_tower.vision_tower."      # the vision part of LLaVA's own layout
 TOWERS = {"siglip_vision_model": "SiglipVisionModel", "clip_vision_model": "CLIPVisionModel"}
-RENAME = [(r"^(vision_model|vit|dinov2|dinov2_with_registers)\.", ""), (r"\.lambda1$", ""),
-          ("cls_token", "class_embedding"), (r"patch_embeddings\.projection", "patch_embedding"),
-          ("position_embeddings", "position_embedding.weight"),
-          (r"^encoder\.layer\.", "encoder.layers."), (r"^layernorm\.", "post_layernorm."),
-          (r"attention\.attention\.([qkv])[a-z]+", r"self_attn.\1_proj"),
-          (r"attention\.output\.dense", "self_attn.out_proj"),
-          (r"intermediate\.dense|mlp\.weights_in", "mlp.fc1"),
-          (r"(?<=\d\.)output\.dense|mlp\.weights_out", "mlp.fc2"),
-          (r"\.(layernorm_before|norm1)\.", ".layer_norm1."),
-          (r"\.(layernorm_after|norm2)\.", ".layer_norm2.")]
+RENAME = {r"^(vision_model|vit|dinov2|dinov2_with_registers)\.": "", r"\.lambda1$": "",
+          "cls_token": "class_embedding", r"patch_embeddings\.projection": "patch_embedding",
+          "position_embeddings": "position_embedding.weight",
+          r"^encoder\.layer\.": "encoder.layers.", r"^layernorm\.": "post_layernorm.",
+          r"attention\.attention\.([qkv])[a-z]+": r"self_attn.\1_proj",
+          r"attention\.output\.dense": "self_attn.out_proj",
+          r"intermediate\.dense|mlp\.weights_in": "mlp.fc1",
+          r"(?<=\d\.)output\.dense|mlp\.weights_out": "mlp.fc2",
+          r"\.(layernorm_before|norm1)\.": ".layer_norm1.",
+          r"\.(layernorm_after|norm2)\.": ".layer_norm2."}
 
 # LLMs: model_type to save, class, what config.json means and does not say, what settings may be
 LLAMA = "llama", "LlamaForCausalLM", {}, {}
@@ -479,13 +478,30 @@ FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= 
         tuple: lambda v: type(v) is list and len(v) == 3 and all(map(FITS[float], v))}
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Around what reads: whatever is wrong with a file is one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around what writes: a full disk, or a place that is not ours, is one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be written ({error}); what was there is whole: make room "
+                       "and start the same command again") from None
+
+
 def read_json(file):
     """A JSON object -> dict, without the type that weights had; save_folder says theirs."""
-    try:
+    with reading(file):
         return dict(json.loads(file.read_text("utf-8"), object_hook=lambda d: {
             k: v for k, v in d.items() if k not in ("dtype", "torch_dtype")}))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{file}: cannot be read as a JSON object ({error})") from None
 
 
 def checked(kind, file, values, needed=(), **known):
@@ -509,6 +525,12 @@ def checked(kind, file, values, needed=(), **known):
     raise BadInput(f'{file}: "{wrong[0]}" is {value}; this needs {options}')
 
 
+def one(size):
+    """The number in {"height": 32, "width": 32} or {"shortest_edge": 32}; else what is given."""
+    numbers = [*size.values()] if isinstance(size, dict) else [size]
+    return numbers[0] if numbers.count(numbers[0]) == len(numbers) else size
+
+
 def read_encoder_config(folder, image_size=None, config=None):
     """The EncoderConfig of load_encoder's encoder; reads no weights."""
     file = Path(config or folder) / "config.json"
@@ -527,27 +549,22 @@ def read_encoder_config(folder, image_size=None, config=None):
         if c.hidden_act == "swiglu":                # two thirds, rounded up to a multiple of 8
             c.intermediate_size = (int(c.intermediate_size * 2 / 3) + 7) // 8 * 8
 
-    # ---- pictures: squashed to a square, or shorter side resized to `edge` and a square cropped
+    # ---- pictures: squashed to a square, or the shorter side resized and a square cropped
     pixels = family | {k: v for k, v in given.items() if v is not None}
     size = pixels.get("size") or c.image_size
     crop = pixels.get("do_center_crop") and not (isinstance(size, dict) and "height" in size)
-    edge, side = (v if not isinstance(v, dict) or len(set(map(str, v.values()))) > 1 else
-                  [*v.values()][0]                  # a number, or a dict that repeats one
-                  for v in (size, (pixels.get("crop_size") or c.image_size) if crop else size))
-    p = checked(EncoderConfig, pixel_file, pixels | {
-        "shortest_edge": edge if crop else 0, "image_size": side}, ["image_size"],
-        resample=range(6))
+    side = one((pixels.get("crop_size") or c.image_size) if crop else size)
+    pixels |= {"image_size": side, "shortest_edge": one(size) if crop else 0}
+    p = checked(EncoderConfig, pixel_file, pixels, ["image_size"], resample=range(6))
     new = image_size or (side if given else min(side, c.image_size))
-    if new < c.patch_size:
-        raise BadInput(f'{file}: "patch_size" {c.patch_size} is more than the image size, {new}')
-    if (new // c.patch_size) ** 2 > 1 << 16:
-        raise BadInput(f"{file}: image size {new} with patches of {c.patch_size} makes "
-                       f"{(new // c.patch_size) ** 2} image tokens; this needs at most {1 << 16}")
-    p.shortest_edge = p.shortest_edge * new // side
     source = {"config.json": raw | {"image_size": c.image_size}, "names": {}, "rest": {},
               "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
-    return replace(c, image_size=new, source=source, **{k: getattr(p, k) for k in (
-        "image_mean", "image_std", "resample", "shortest_edge")})
+    c = replace(c, image_size=new, shortest_edge=p.shortest_edge * new // side, resample=p.resample,
+                image_mean=p.image_mean, image_std=p.image_std, source=source)
+    if not 0 < c.tokens <= 1 << 16:
+        raise BadInput(f'{file}: image size {new} and "patch_size" {c.patch_size} make {c.tokens} '
+                       f"image tokens; this needs 1 to {1 << 16}")
+    return c
 
 
 def read_llm_config(folder):
@@ -565,8 +582,9 @@ def read_llm_config(folder):
     needed += LLAMA3[:3] if values["rope_type"] == "llama3" else ()
     c = checked(LLMConfig, file, values, needed, model_type=LLMS, hidden_act=["silu"],
                 rope_type=["default", "llama3"], **known)
-    return replace(c, source={k: v for k, v in raw.items() if not k.startswith("mm_")} | {
-        "model_type": model_type, "architectures": [model]})
+    c.source = {k: v for k, v in raw.items() if not k.startswith("mm_")} | {
+        "model_type": model_type, "architectures": [model]}
+    return c
 
 
 def weight_files(folder):
@@ -582,41 +600,73 @@ def open_tensors(folder, *prefixes):
     names with one of the prefixes that is cut off, and other names are left out."""
     tensors = {}
     for file in weight_files(folder):
-        try:
+        with reading(file):
             f = safe_open(file, "pt")
             tensors |= {name: (f, name) for name in f.keys()}
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     for p in prefixes:
         tensors = {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)} or tensors
     return tensors
 
 
 def fill(make, folder, tensors, lost=()):
-    """make()'s module with a folder's tensors in fp32, read one by one. All must be there and fit;
-    zeros stand for those whose names begin with `lost`."""
-    try:
-        with torch.device("meta"):
-            module = make()
-        own = module.state_dict()
-        state = {k: torch.zeros(v.shape) for k, v in own.items() if k.startswith(lost)}
+    """make()'s module with a folder's tensors in fp32. All must be there and fit; zeros stand for
+    those whose names begin with `lost`. Under torch.device("meta") it gets no values yet, only the
+    functions that read them, see read_weights."""
+    with torch.device("meta"):
+        module = make()
+    own, module.stored = module.state_dict(), {}
+    antialias = "embeddings.register_tokens" in own         # as DINOv2 does with registers only
+    state = {name: v for name, v in own.items() if name.startswith(lost)}
+    with reading(folder):
         for name, (f, key) in tensors.items():
-            if name not in own and ("rotary_emb" in name or
-                                    not name.startswith(("encoder.layers.", "model.layers."))):
-                continue        # not used; but a bias, a norm, a layer must be
-            t, like = f.get_tensor(key), own.get(name, torch.empty(()))
-            if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                raise RuntimeError(f"{key} is {t.dtype}")
-            t = t.to(torch.float32, copy=True).reshape(t.shape[-like.ndim:])
-            if "position" in name and len(t) != len(like):
-                t = interpolated(t, len(like), antialias=module.config.num_register_tokens > 0)
-            if not t.sum().isfinite():
-                raise RuntimeError(f"{key} has values that are not finite")
-            state[name] = t
-        module.load_state_dict(state, assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{folder}: {' '.join(str(error).split())[:300]}") from None
-    return module
+            if name in own:
+                dtype, shape = f.get_slice(key).get_dtype(), f.get_slice(key).get_shape()
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise TypeError(f"{key} is {dtype}")
+                shape = shape[-own[name].ndim:]             # without the batch of one
+                if "position" in name:                      # interpolated
+                    shape = [len(own[name]), *shape[1:]]
+                state[name] = torch.empty(shape, device="meta")
+                module.stored[name] = reader(folder, f, key, own[name].shape, antialias)
+            elif re.match(r"(encoder|model)\.layers\.", name) and "rotary_emb" not in name:
+                raise ValueError(f"Unexpected {key}")       # a bias, a norm, a layer
+        module.load_state_dict(state)
+    return module if torch.get_default_device().type == "meta" else read_weights(module)
+
+
+def reader(folder, f, key, shape, antialias):
+    """A function (start, stop) -> those rows, in fp32, of a stored tensor that our model wants in
+    this shape. Only they are read, but of positions and tokens, which are small, all."""
+    def read(start, stop):
+        with reading(folder):
+            if f.get_slice(key).get_shape() == [*shape]:
+                t = f.get_slice(key)[start:stop].float()
+            else:                           # a batch of one, positions of pictures of another size
+                t = f.get_tensor(key).float().reshape(-1, *shape[1:])
+                t = t if len(t) == shape[0] else interpolated(t, shape[0], antialias)
+                t = t.reshape(shape)[start:stop]
+        if not t.sum().isfinite():
+            raise BadInput(f"{folder}: {key} has values that are not finite")
+        return t
+    return read
+
+
+def read_weights(model, device="cpu"):
+    """Move a model to its device; what fill left on the meta device gets its values there: of a
+    parameter that FSDP has sharded this process reads its own rows only. Returns the model."""
+    stored = {f"{at}.{name}".strip("."): read for at, module in model.named_modules()
+              for name, read in vars(module).pop("stored", {}).items()}
+    model._apply(lambda t: t.to(device) if t.device.type != "meta" else
+                 torch.zeros_like(t, device=device))
+    for name, p in model.named_parameters():
+        if name in stored:
+            local, start = p.detach(), 0
+            if isinstance(p, DTensor):      # of equal parts, of which the last ones may be shorter
+                local, mesh = local.to_local(), p.device_mesh
+                start = mesh.get_local_rank() * math.ceil(len(p) / mesh.size())
+            if len(local):
+                local.copy_(stored[name](start, start + len(local)))
+    return model
 
 
 def interpolated(table, rows, antialias):
@@ -637,26 +687,28 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
     last layer: one of zeros, which passes on what it gets, stands in, so that select_layer counts
     as before."""
     c = read_encoder_config(folder, image_size, config)
-    tensors, source, n = open_tensors(folder, TOWER, "vision_model."), c.source, c.num_hidden_layers
-    ours = {name: functools.reduce(lambda new, rule: re.sub(*rule, new), RENAME, name)
-            for name in tensors}
-    last = f"encoder.layers.{n - 1}."
+    tensors = open_tensors(folder, "model.vision_tower.vision_tower.", "vision_model.")
+    ours = {name: name for name in tensors}         # how our model calls it
+    for theirs, new in RENAME.items():
+        ours = {name: re.sub(theirs, new, now) for name, now in ours.items()}
+    last = f"encoder.layers.{c.num_hidden_layers - 1}."
     lost = config and not any(name.startswith(last) for name in ours.values())
-    if not -n - 1 <= select_layer <= (-2 if lost else 0):
-        raise BadInput(f"{folder}: select_layer {select_layer} is not one of its {n} layers"
-                       f"{', of which LLaVA has cut off the last' if lost else ''}")
+    if not -c.num_hidden_layers - 1 <= select_layer <= (-2 if lost else 0):
+        raise BadInput(f"{folder}: select_layer {select_layer} is not one of its "
+                       f"{c.num_hidden_layers} layers" +
+                       (", of which LLaVA has cut off the last" if lost else ""))
     encoder = fill(lambda: Encoder(c, select_layer), folder,
-                   {ours[name]: tensors[name] for name in tensors}, last if lost else ())
+                   {ours[name]: tensor for name, tensor in tensors.items()}, last if lost else ())
 
     # ---- kept for saving: names, and what we do not use, but no tables made for another size
-    raw, own = source["config.json"], encoder.state_dict()
+    raw, own = c.source["config.json"], encoder.state_dict()
     tower = TOWERS.get(raw["model_type"])
     for name, (f, key) in tensors.items():
         stored = "vision_model." * bool(tower) + name
         if ours[name] in own:
-            source["names"][ours[name]] = stored
+            c.source["names"][ours[name]] = stored
         elif c.image_size == raw["image_size"] or "pos" not in name:
-            source["rest"][stored] = f.get_tensor(key).clone()
+            c.source["rest"][stored] = f.get_tensor(key).clone()
     raw |= {"architectures": [tower]} if tower else {}
     raw |= {"vision_use_head": any("head." in name for name in ours)} if lost else {}
     return encoder
@@ -671,34 +723,23 @@ def load_llm(folder):
 def load_model(encoder, projector, llm, select_layer=-2, seed=0, image_size=None,
                encoder_config=None):
     """Three folders -> MLLM; in LLaVA's own layout they are one. projector None: a fresh one.
-    image_size, encoder_config: see load_encoder."""
+    image_size, encoder_config: see load_encoder. Under torch.device("meta"): see fill."""
     encoder, llm = load_encoder(encoder, select_layer, image_size, encoder_config), load_llm(llm)
     widths = encoder.config.hidden_size, llm.config.hidden_size
-    return MLLM(encoder, initialise(Projector(*widths), seed) if not projector else fill(
-        lambda: Projector(*widths), projector, open_tensors(projector, "model.mm_projector.")), llm)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Around what writes: a full disk, or a place that is not ours, is one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written ({error}); what was there is whole: make room "
-                       "and start the same command again") from None
+    with torch.device("cpu"):               # small: always read or made
+        return MLLM(encoder, initialise(Projector(*widths), seed) if not projector else fill(
+            lambda: Projector(*widths), projector,
+            open_tensors(projector, "model.mm_projector.")), llm)
 
 
 def hash_file(path):
-    with open(path, "rb") as f:
+    with reading(path), open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def hash_weights(folder):
     """What identifies a checkpoint folder: the hashes of its tensor files."""
-    try:
-        return [hash_file(file) for file in weight_files(folder)]
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be read ({error})") from None
+    return [hash_file(file) for file in weight_files(folder)]
 
 
 def write_json(file, value):
@@ -732,11 +773,11 @@ def save_folder(folder, tensors, files, copies, dtype):
 
 def encoder_folder(c, state):
     """(tensors, JSON files) of an encoder: as in the folder it came from; a fresh one's: SigLIP"""
-    source = c.source or {
-        "names": {}, "rest": {}, "preprocessor_config.json": SIGLIP, "config.json": {
-            "model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"],
-            "vision_use_head": False, **{k: getattr(c, k) for k in (
-                *SIZES, "hidden_act", "layer_norm_eps")}}}
+    source = c.source or {"names": {}, "rest": {}, "preprocessor_config.json": SIGLIP,
+                          "config.json": {"model_type": "siglip_vision_model",
+                                          "architectures": ["SiglipVisionModel"],
+                                          "vision_use_head": False, **{k: getattr(c, k) for k in (
+                                              *SIZES, "hidden_act", "layer_norm_eps")}}}
     tensors = dict(source["rest"])
     for name, tensor in state.items():
         name = source["names"].get(name, "vision_model." + name)
@@ -772,33 +813,34 @@ def save_model(folder, state, encoder, projector, llm, tokenizer, dtype=torch.fl
         config = {"config.json": {"hidden_act": "gelu"}}
         save_folder(folder / "projector", part("projector."), config, [], dtype)
     if llm:
-        save_folder(folder / "llm", part("llm."), {"config.json": llm_json(llm)}, tokenizer.files,
-                    dtype)
+        config = {"config.json": llm_json(llm)}
+        save_folder(folder / "llm", part("llm."), config, tokenizer.files, dtype)
 
 
 def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<image>",
                  dtype=torch.float32):
     """Write the whole model as one folder that transformers' LlavaForConditionalGeneration opens.
-    tokenizer_files go beside it. image_token: what stands for a patch in its prompts; its id must
-    be in the LLM's embedding, and text must never use it."""
+    image_token: what stands for a patch in its prompts; its id must be in the LLM's embedding, and
+    text must never use it."""
     c, text, extra = mllm.encoder.config, mllm.llm.config, mllm.encoder.embeddings.extra
-    tensors, files = encoder_folder(c, mllm.encoder.state_dict())
+    tower, files = encoder_folder(c, mllm.encoder.state_dict())
     if files["config.json"]["model_type"] not in TOWERS or not mllm.encoder.select_layer:
         raise BadInput("llava: wants the features of a layer of SigLIP or CLIP, before the norm")
     if not 0 <= image_token_id < text.vocab_size:
         raise BadInput(f"llava: image token {image_token_id} is not in the LLM's embedding of "
                        f"{text.vocab_size}; choose an id that text never uses")
-    tensors = {"vision_tower." + k: v for k, v in tensors.items()}
+    tensors = {"vision_tower." + k: v for k, v in tower.items()}
     tensors |= {"language_model." + k: v for k, v in mllm.llm.state_dict().items()}
     tensors |= {f"multi_modal_projector.linear_{1 + int(k[0]) // 2}{k[1:]}": v
                 for k, v in mllm.projector.state_dict().items()}
     features = {"vision_feature_select_strategy": "default" if extra else "full"}
-    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
-              "vision_config": files["config.json"], "text_config": llm_json(text),
-              "vision_feature_layer": mllm.encoder.select_layer, "image_seq_length": c.tokens,
-              "image_token_index": image_token_id, "projector_hidden_act": "gelu",
-              "tie_word_embeddings": text.tie_word_embeddings, **features}
-    processor = {"processor_class": "LlavaProcessor", "image_token": image_token,
-                 "patch_size": c.patch_size, "num_additional_image_tokens": extra, **features}
-    files |= {"config.json": config, "processor_config.json": processor}
+    files["processor_config.json"] = {
+        "processor_class": "LlavaProcessor", "image_token": image_token,
+        "patch_size": c.patch_size, "num_additional_image_tokens": extra, **features}
+    files["config.json"] = {
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": files["config.json"], "text_config": llm_json(text),
+        "vision_feature_layer": mllm.encoder.select_layer, "image_seq_length": c.tokens,
+        "image_token_index": image_token_id, "projector_hidden_act": "gelu",
+        "tie_word_embeddings": text.tie_word_embeddings, **features}
     save_folder(folder, tensors, files, tokenizer_files, dtype)

@@ -37,7 +37,8 @@ from data import TEMPLATES, BadInput
 from dpo import cached, dpo_objective, frozen, reference_logps, sampled_pairs
 from model import (MLLM, Decoder, DecoderLayer, Encoder, EncoderConfig, EncoderLayer, LLMConfig,
                    Projector, SigLIP, export_llava, hash_file, hash_weights, initialise, load_model,
-                   read_encoder_config, read_llm_config, save_model, write_json, writing)
+                   read_encoder_config, read_llm_config, read_weights, save_model, write_json,
+                   writing)
 from sft import sft_objective
 
 
@@ -152,6 +153,8 @@ class Settings:
         "auto", "bfloat16", "float32"])
     checkpointing: bool = option(False, "keep only the inputs of blocks: slower, smaller")
     compile: bool = option(False, "torch.compile every transformer block")
+    attention: str = option("auto", "auto: in bf16 on CUDA FlexAttention, or causal flash attention "
+                            "where that is enough; sdpa: dense masks", ["auto", "sdpa"])
     export_dtype: str = option("float32", "of the folders; bfloat16 rounds most of DPO away", [
         "float32", "bfloat16"])
     export: str = option(None, "also write the model as one folder for transformers", ["llava"])
@@ -174,8 +177,8 @@ SHARED = ("runs", "preset", "seed", "wording", "encoder_config", "image_size", "
 # may change between a run and its continuation; settings that name files count by their content
 FREE = ("name", "base", "runs", "encoder", "projector", "llm", "data", "eval_data", "questions",
         "image_root", "on_bad_sample", "micro_batch", "workers", "save_every", "eval_every",
-        "image", "question", "model", "export", "checkpointing", "compile", "dry_run", "gpus",
-        "utilisation")
+        "image", "question", "model", "export", "checkpointing", "compile", "attention", "dry_run",
+        "gpus", "utilisation")
 
 
 def resolve(s):
@@ -246,7 +249,13 @@ def full(tensor):
 
 
 def full_state(model):
-    return {k: full(v).detach().cpu().clone() for k, v in model.state_dict().items()}
+    """{name: whole tensor on the CPU} in the first process; the others help, and keep nothing."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = full(tensor).detach()
+        if first():
+            state[name] = tensor.cpu().clone()
+    return state
 
 
 def schedule(step, steps, warmup):
@@ -627,31 +636,36 @@ def run_stage(s, device):
     dist.barrier()
 
     # ---- model
-    if s.stage == "encoder":
-        text = Decoder(LLMConfig(len(tokenizer), num_hidden_layers=2))
-        model = initialise(SigLIP(Encoder(encoder, select_layer=0), text), s.seed)
-    elif s.stage == "llm":
-        width, depth, n = SIZES[s.llm_size]
-        llm = LLMConfig(len(tokenizer), width, 3 * width, depth - 1, 2 * n, n)
-        model = initialise(MLLM(None, None, Decoder(llm)), s.seed)
-    else:
+    def start():
+        """The model before its first step: fresh, or read from its folders."""
+        if s.stage == "encoder":
+            text = Decoder(LLMConfig(len(tokenizer), num_hidden_layers=2))
+            return initialise(SigLIP(Encoder(encoder, select_layer=0), text), s.seed)
+        if s.stage == "llm":
+            width, depth, n = SIZES[s.llm_size]
+            llm = LLMConfig(len(tokenizer), width, 3 * width, depth - 1, 2 * n, n)
+            return initialise(MLLM(None, None, Decoder(llm)), s.seed)
         model = load_model(parts["encoder"], parts.get("projector"), parts["llm"], s.select_layer,
                            s.seed, s.image_size, s.encoder_config)
-    if s.projector_layers and s.stage == "pivot-align":
-        initialise(model.projector[2], s.seed)          # the second layer is fresh
+        if s.projector_layers and s.stage == "pivot-align":
+            initialise(model.projector[2], s.seed)      # the second layer is fresh
+        return model
+
+    # sharded before it is read: then no process ever holds the whole of a large model
+    with torch.device("meta" if row.needs and dist.get_world_size() > 1 else "cpu"):
+        model = start()
     report = [f"# {s.name}/{s.stage}", *(
         f"warning: {count} of {len(dataset)} samples of {dataset.file} {what}"
         for what, count in getattr(dataset, "suspect", {}).items() if count)]
     if len(report) > 1:
         say("\n".join(report[1:]))
-    before = full_state(model) if first() else None
-    freeze(model.to(device), row, s.projector_layers)
+    freeze(model, row, s.projector_layers)
     trained = [n for n, p in model.named_parameters()       # noted before anything else can freeze
                if p.requires_grad and (s.encoder_lr if n.startswith("encoder.") else s.lr)]
 
     # ---- train
     if isinstance(dataset, data.World) and row.content == "preferences" and s.pairs != "drawn":
-        dataset.sampled = on_policy(s, model, dataset, prepare, settings, device)
+        dataset.sampled = on_policy(s, start, dataset, prepare, settings, device)
 
     def in_steps(samples, epochs=1):            # 0: not in epochs, but in steps
         steps = math.ceil(epochs * len(samples) / s.batch) or s.steps
@@ -662,18 +676,19 @@ def run_stage(s, device):
     pairs, held_out = held_out, held_out if s.eval_every else None
     references = None, None
     if row.objective == "dpo":
-        live = functools.partial(reference_logps, shard(frozen(model), s, False),
-                                 probe.autocast(device, s.dtype))
+        reference = read_weights(shard(frozen(model), s, False), device)
+        live = functools.partial(reference_logps, reference, probe.autocast(device, s.dtype))
         references = live, live
         if s.reference == "cached":
             references = [d and cached(live, in_steps(d), folder / file,
                                        settings | {"samples": d.fingerprint()}, device)
                           for d, file in ((dataset, "reference.safetensors"),
                                           (held_out, "reference_held_out.safetensors"))]
-        del live
+        del live, reference
     objective = {"contrastive": contrastive_objective, "sft": sft_objective,
                  "dpo": functools.partial(dpo_objective, beta=s.beta, variant=s.loss)}
-    train(s, objective[row.objective], folder, shard(model, s),
+    model = read_weights(shard(model, s), device)
+    train(s, objective[row.objective], folder, model,
           in_steps(dataset, s.epochs), held_out and in_steps(held_out), references, device)
 
     # ---- the folders it leaves, and its tables
@@ -682,6 +697,7 @@ def run_stage(s, device):
         bad = sorted({*skipped.read_text().splitlines()})
         report += [f"{len(bad)} bad samples skipped:\n" + "\n".join(bad)]
     if first():
+        before = start().state_dict()
         probe.check_moved(before, after, trained)
         has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
         save_model(folder, after, has["encoder"] and model.encoder.config, has["projector"],
@@ -689,6 +705,7 @@ def run_stage(s, device):
         export(s, folder)
         probe.curve(folder / "log.jsonl", folder / "curve.png")
         report += [probe.moved(before, after)]
+        del before, after
     dist.barrier()
     del model, references
     if s.stage in ("instruct", "sft", "dpo", "pivot"):
@@ -713,14 +730,14 @@ def export(s, folder):
                      names[0], getattr(torch, s.export_dtype))
 
 
-def on_policy(s, model, dataset, prepare, settings, device):
+def on_policy(s, start, dataset, prepare, settings, device):
     """The sampled share of the world's preferences, kept for all who share the base model."""
     key = {k: settings[k] for k in ("inputs", "seed", "samples", "pairs", "template", "dtype")}
     key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = Path(s.runs) / s.base / "sampled" / f"{key}.json"
     if not file.exists():
         wanted = range(0, s.samples, 1 + (s.pairs == "mixed"))
-        pairs = sampled_pairs(model, dataset, wanted, prepare, s.seed, device,
+        pairs = sampled_pairs(start().to(device), dataset, wanted, prepare, s.seed, device,
                               probe.autocast(device, s.dtype))
         if first():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -853,6 +870,7 @@ def main(argv=None):
     device = setup()
     try:
         s = resolve(asked)
+        MLLM.kernels = s.attention == "auto"
         (dry_run if s.dry_run else
          {"chat": chat, "probe": run_probe}.get(s.stage, run_stage))(s, device)
     except (BadInput, Stopped, KeyboardInterrupt) as error:

@@ -2,6 +2,7 @@
 
 This file is also the program that torchrun starts: python test_fsdp.py FOLDER NAME=VALUE,... ... does a job for each."""
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,23 +39,42 @@ def make_net(vocabulary):
     return net
 
 
+def from_folders(base):
+    """The model in these folders as a stage loads it on several processes; and, once they are read, how many rows of
+    how many this process has read of each tensor of the encoder and the LLM."""
+    shares, honest, patch = {}, m.reader, pytest.MonkeyPatch()
+
+    def counting(folder, f, key, shape, *more):
+        def read(start, stop):
+            shares[folder, key] = stop - start, shape[0]
+            return honest(folder, f, key, shape, *more)(start, stop)
+        return read if folder.name != "projector" else honest(folder, f, key, shape, *more)
+
+    patch.setattr(m, "reader", counting)
+    with torch.device("meta"):
+        net = m.load_model(*(base / part for part in pivot.ALL))
+    patch.undo()
+    assert all(p.is_meta for part in (net.encoder, net.llm) for p in part.parameters())
+    return net, shares
+
+
 def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, stop=0, resume="", trains="all",
-        dtype="float32", reference="live", **options):
+        dtype="float32", reference="live", base="", **options):
     """Train by pivot.train as a stage does. Leaves FOLDER/NAME.pt: log, first step's gradients, trained weights, and
-    for a resumed run what was read back."""
+    for a resumed run what was read back. base: sharded before its weights are read from FOLDER/BASE."""
     samples, tokenizer = [data.World("preferences", "probe", 14)[i] for i in range(14)], data.Tokenizer(tokens)
     for i in data.shuffled(0, BATCH, 14, 0)[1::2]:          # of two ranks the second sees no picture in the first step
         samples[i].image = None
     s = pivot.resolve(pivot.Settings("dpo", preset="toy", batch=BATCH, micro_batch=int(micro), optimizer=optimizer, lr=1e-3,
                                      encoder_lr=1e-3, dtype=dtype, steps=STEPS, **{k: bool(v) for k, v in options.items()}))
-    net = make_net(len(tokenizer))
+    net, shares = from_folders(Path(folder) / base) if base else (make_net(len(tokenizer)), {})
     row = replace(pivot.WORLD["dpo"], trains=pivot.ALL if trains == "all" else (trains,))
     pivot.freeze(net, row)
     prepare = data.Prepare(tokenizer, "plain", net.encoder.config, 512, 2 if objective == "dpo" else 1, pack=True)
     steps = data.Steps(samples, prepare, STEPS, BATCH, s.micro_batch, 0, dist.get_rank(), dist.get_world_size())
     live = None
     if objective == "dpo":
-        copy = pivot.shard(frozen(net), s, False)
+        copy = m.read_weights(pivot.shard(frozen(net), s, False))
         live = lambda batch: reference_logps(copy, pivot.probe.autocast(torch.device("cpu"), dtype), batch)  # noqa: E731
     folder, kept, calls = Path(folder), {}, []
     home = folder / name
@@ -90,8 +110,9 @@ def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, s
     patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))        # no C++, which takes minutes
     try:
         names = list(net.state_dict())
-        net = pivot.shard(net, s)
-        assert list(net.state_dict()) == names
+        net = m.read_weights(pivot.shard(net, s))
+        assert list(net.state_dict()) == names and bool(shares) == bool(base)
+        assert all(rows <= math.ceil(whole / dist.get_world_size()) for rows, whole in shares.values()), shares
         pivot.train(s, loss_of, home, net, steps, None, (live, None), torch.device("cpu"))
     except pivot.Stopped:
         assert stop
@@ -150,11 +171,13 @@ def done(tmp_path_factory):
     def resumed(tag):
         return [j | {"resume": j["name"].replace(tag, "cut")} for j in jobs(tag, 3)[1:]]
 
+    base = make_net(len(data.Tokenizer(tokens)))
+    m.save_model(folder / "base", base.state_dict(), base.encoder.config, True, base.llm.config, data.Tokenizer(tokens))
     launch(1, folder, tokens, *jobs("one", BATCH), *jobs("parts", 2))
     launch(2, folder, tokens, *jobs("two", 3), *jobs("cut", 3, stop=1)[1:], *resumed("again2"),
            dict(name="bf16-two", objective="dpo", dtype="bfloat16", micro=3), dict(name="align-two", trains="projector"),
-           dict(name="kept-two", objective="dpo", micro=3, checkpointing=1))
-    launch(3, folder, tokens, *jobs("three", 2), *resumed("again3"))
+           dict(name="kept-two", objective="dpo", micro=3, checkpointing=1), *jobs("read2", 3, base="base")[1:2])
+    launch(3, folder, tokens, *jobs("three", 2), *resumed("again3"), *jobs("read3", 2, base="base")[1:2])
     launch(1, folder, tokens, *resumed("again1"), dict(name="bf16-one", objective="dpo", dtype="bfloat16", micro=3),
            dict(name="align-one", trains="projector"), dict(name="kept-one", objective="dpo", checkpointing=1))
     return {file.stem: torch.load(file) for file in folder.glob("*.pt")}
@@ -187,6 +210,13 @@ def test_saved_on_two_resumed_on_any(done, objective, optimizer, processes):
     for a, b in zip(whole["log"], resumed["log"], strict=True):
         assert abs(a["loss"] - b["loss"]) <= 1e-5 * a["loss"]
     close(whole["weights"], resumed["weights"], 1e-5 if optimizer == "adamw" else 1e-3)
+
+
+@pytest.mark.parametrize("processes, whole", [(2, "two"), (3, "three")])
+def test_read_in_parts_is_the_same_run(done, processes, whole):
+    """Sharded on the meta device, each process reading its rows only, which job checks: not a bit is another."""
+    whole, parts = done[f"dpo-adamw-{whole}"], done[f"dpo-adamw-read{processes}"]
+    assert all(torch.equal(v, parts[part][k]) for part in ("gradient", "weights") for k, v in whole[part].items())
 
 
 def test_frozen_parts_are_sharded_and_stay(done):
