@@ -343,15 +343,13 @@ class Prepare:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (c.image_mean, c.image_std))
         return (pixels - mean) / std
 
-    def __call__(self, samples, index=None, dummy=False, blank=False, answers=True):
-        """blank: grey pictures, for the control. answers False: prompts only, for generation."""
+    def __call__(self, samples, index=None, dummy=False, answers=True):
+        """answers False: prompts only, for generation."""
         if self.responses == 1 or not answers:
             samples = [replace(s, rejected=None) for s in samples]
         if not answers:
             samples = [replace(s, turns=[*s.turns[:-1], (s.turns[-1][0], None)]) for s in samples]
         rows, pictures = [self.row(s) for s in samples], [self.picture(s) for s in samples]
-        if blank:
-            pictures = [None if p is None else torch.zeros_like(p) for p in pictures]
         paired = any(s.rejected is not None for s in samples)
         return collate(rows, pictures, list(index or range(len(rows))), self.encoder.image_size,
                        paired, dummy, self.pack and answers)
@@ -640,7 +638,7 @@ class Scene:
         return question, *said, [thing], detail
 
     def mistakes(self, kind, things, said):
-        """How many details a description has wrong: of one object, or of the scene's four places."""
+        """How many details a description has wrong: of one object or of the scene's four places."""
         parts = re.split(f"({'|'.join(PLACES)})", said)
         heard = dict(zip(parts[1::2], parts[2::2])) if kind == "scene" else {"": said}
         truth = {PLACES[t.place] if kind == "scene" else "": t for t in things}

@@ -153,7 +153,7 @@ class Settings:
         "auto", "bfloat16", "float32"])
     checkpointing: bool = option(False, "keep only the inputs of blocks: slower, smaller")
     compile: bool = option(False, "torch.compile every transformer block")
-    attention: str = option("auto", "auto: in bf16 on CUDA FlexAttention, or causal flash attention "
+    attention: str = option("auto", "auto: bf16 on CUDA: FlexAttention, or causal flash attention "
                             "where that is enough; sdpa: dense masks", ["auto", "sdpa"])
     export_dtype: str = option("float32", "of the folders; bfloat16 rounds most of DPO away", [
         "float32", "bfloat16"])
