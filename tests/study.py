@@ -166,7 +166,8 @@ def answers(folder):
         rows = [row for row in found["questions"].values() if wanted(row[5], row[4])]
         out[name] = sum(row[1] for row in rows) / sum(row[0] for row in rows)
         out["blank: " + name] = sum(row[2] for row in rows) / sum(row[0] for row in rows)
-    out["pairs"] = sum(pair[2] > 0 for pair in found["pairs"]) / len(found["pairs"])
+    if "pairs" in found:
+        out["pairs"] = sum(pair[2] > 0 for pair in found["pairs"]) / len(found["pairs"])
     return out
 
 
