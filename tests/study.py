@@ -27,10 +27,10 @@ from probe import markdown  # noqa: E402
 GRID = ["3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
 SAMPLES = [512, 1024, 2048]                            # beside the default number
 SETTINGS = {    # one departure from the defaults each
+    "one-rate": ["--lr", "3e-4", "--encoder-lr", "3e-4"],       # the same for both methods
     "terse": ["--wording", "terse"], "apart": ["--wording", "apart"], "perfect": ["--errors", "0"],
-    "drawn": ["--pairs", "drawn"], "sampled": ["--pairs", "sampled"],
-    "one-rate": ["--lr", "3e-4", "--encoder-lr", "3e-4"]}       # the same for both methods
-SIZES = [f"{part}-{size}" for part in ("encoder", "llm") for size in ("small", "large")]
+    "drawn": ["--pairs", "drawn"], "sampled": ["--pairs", "sampled"]}
+SIZES = [f"{part}-{size}" for size in ("small", "large") for part in ("encoder", "llm")]
 BATCH = 16                                             # of SFT and DPO
 PIVOTS = {"original": "{b}/encoder", "base": "{b}/instruct", "sft": "{s}/sft", "dpo": "{s}/dpo",
           "larger": "{b}-larger/encoder"}
@@ -241,7 +241,7 @@ def values(table, metrics):
 
 DIFFERENCE = ["difference", "measure", "seeds", "mean", "95% +-", "detectable", "verdict"]
 CONTROL = "No claim of the paper: "
-FINDINGS = [    # title, claim, measures, pairs of rows; the table of all has the first measure of DPO - SFT or the first pair
+FINDINGS = [    # title, claim, measures, pairs of rows; the first table: first measure of DPO - SFT, or of the first pair
     ("1. A larger encoder, frozen, in a fresh MLLM", "A larger encoder helps, most where fine vision is needed.",
      ["PIVOT: visual", "PIVOT: ocr", "PIVOT: vision", "PIVOT: knowledge"], [("original", "larger original")]),
     ("2. DPO and SFT under the LLM", "DPO is better than SFT, mostly on strongly visual questions.",
