@@ -78,19 +78,20 @@ def plan(bases, number, grid, sweeps, samples):
             source = source.format(s=s, b=b)
             add(f"{s}-pivot-{row}", "pivot", b, s, "--encoder", f"{{out}}/{source}/encoder",
                 after=[source, f"{b}/instruct"])
+    def sweep(run, base, s, *options):
+        both(run, base, s, *options)
+        add(run, "probe", base, s, after=[f"{run}/sft", f"{run}/dpo"])
+
     some = list(bases.items())[:sweeps]
     for s, b in some:
         for n in SAMPLES:
-            both(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // BATCH)
+            sweep(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // BATCH)
         for name, options in SETTINGS.items():
-            both(f"{s}-{name}", b, s, *options)
+            sweep(f"{s}-{name}", b, s, *options)
     for name in SIZES:
         for s, b in some:
             chain(f"{b}-{name}", b, f"--{name[:-6]}-size", name[-5:])
-            both(f"{s}-{name}", f"{b}-{name}", s)
-    for job in [j for j in jobs if j.endswith("/dpo") and j[:-4] not in bases]:
-        run = job[:-4]
-        add(run, "probe", jobs[job][0][1], run.split("-")[0], after=[f"{run}/sft", job])
+            sweep(f"{s}-{name}", f"{b}-{name}", s)
     return jobs
 
 
