@@ -808,7 +808,7 @@ def run_probe(s, device):
     made, rows = read_settings(base), []
     prepare = data.Prepare(data.Tokenizer(base / "llm"), made["template"], model.encoder.config,
                            made["max_length"], responses=2)
-    for wording in ("apart", "free"):
+    for wording in ("apart", "terse", "free"):
         pairs = data.World("preferences", s.split, 6 * scenes[0] // 10, wording, s.errors,
                            first=s.seed * 1000)
         samples = [pairs[i] for i in range(len(pairs))]

@@ -264,23 +264,25 @@ FINDINGS = [    # title, claim, measures, pairs of rows; the first table: first 
 
 
 def gradients(out, bases):
-    """Finding 4, gradient maps: lift by kind of answer and of detail, paired by seed; DPO's over SFT's for described
-    objects: (markdown, (mean, half of its interval))."""
+    """Finding 4, gradient maps: lift by kind of answer, for every wording, and by detail; paired by seed. Returns markdown
+    and {kind of answer: (mean of DPO's lift over SFT's, half of its interval)}."""
     seeds = [found["gradients"] for s in bases if (found := read(out / s / "probe" / "results.json"))]
-    groups = [("", "free", "answer"), ("worded apart, ", "apart", "answer"), ("detail: ", "free", "detail")]
+    groups = [("", wording, "answer") for wording in ("free", "terse", "apart")] + [("detail: ", "free", "detail")]
     rows, maps, ratio = [], ("sft", "dpo", "sft, differing tokens", "rejected"), {}
     for title, wording, key in groups:
         def wanted(row):
-            return row["wording"] == wording and (key == "answer" or row["answer"] != "one word")
+            described = row["answer"] != "one word"
+            return row["wording"] == wording and (described or key == "answer" and wording == "free")
         for group in sorted({row[key] for seed in seeds for row in seed if wanted(row)}):
             some = [[row for row in seed if wanted(row) and row[key] == group] for seed in seeds]
             lifts = [[sum(row[m][i] for row in part) / len(part) for i in (0, 1) for m in maps] for part in some if part]
             ratios = [interval([seed[k] / seed[0] for seed in lifts])[:2] for k in (1, 2)]
-            ratio[title + group] = ratios[0]
-            rows.append([title + group, *(f"{sum(c) / len(c):.2f}" for c in zip(*lifts)),
+            name = title + group + (f", {wording}" if group in ("object", "scene") else "")
+            ratio[name] = ratios[0]
+            rows.append([name, *(f"{sum(c) / len(c):.2f}" for c in zip(*lifts)),
                          *(f"{mean:.2f}" + (f" +- {half:.2f}" if half == half else "") for mean, half in ratios)])
     return markdown(["", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT",
-                     "differing tokens / SFT"], rows), ratio["object"]
+                     "differing tokens / SFT"], rows), ratio
 
 
 def sweeps(out, bases):
@@ -357,14 +359,17 @@ def report(out, bases, number, grid, file):
             agrees = {"higher": "agrees", "lower": "contradicts"}.get(key[6], "undecided" if key[4] else "one seed")
             overview.append([title, *key[:2], *key[3:6], "" if claim.startswith(CONTROL) else agrees])
     if any((out / s / "probe" / "results.json").exists() for s in bases):
-        lifts, (mean, half) = gradients(out, bases)
-        agrees = "agrees" if mean - half > 1 else "contradicts" if mean + half < 1 else "undecided"
-        overview.append(["4. Where the gradient goes", "DPO / SFT", "lift, object", f"{mean:.3f}",
-                         *((f"{half:.3f}", "", agrees) if half == half else ("", "", "one seed"))])
+        lifts, ratio = gradients(out, bases)
+        for name in ("object, free", "object, terse", "object, apart"):
+            mean, half = ratio[name]
+            agrees = "agrees" if mean - half > 1 else "contradicts" if mean + half < 1 else "undecided"
+            overview.append(["4. Where the gradient goes", "DPO / SFT", f"lift, {name}", f"{mean:.3f}",
+                             *((f"{half:.3f}", "", agrees) if half == half else ("", "", "one seed"))])
         text.append("## 4. Where the gradient goes\n\nThe paper: DPO's gradient concentrates on the question's region, "
                     "SFT's is scattered.\n\nlift: share of the gradient's mass inside the region over the region's share "
                     "of the picture; hit: the strongest token lies\ninside. Part of DPO's lift is arithmetic: tokens that "
-                    "both answers share cancel; compare \"sft, differing tokens\".\n\n" + lifts)
+                    "both answers share cancel; compare \"sft, differing tokens\". Wording: terse, the base model's\nown; free, the "
+                    "preferences', a pair alike; apart, a pair's two in different words.\n\n" + lifts)
         for kind in ("one-word", "object", "scene"):
             text.append(f"![gradient maps]({os.path.relpath(out / home / 'probe', file.parent)}/gradients-{kind}.png)")
     text.insert(1, "## In one table\n\nDoes our world agree with the paper's claim?\n\n" + markdown(
