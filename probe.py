@@ -595,8 +595,8 @@ def panels(rows, headings, notes, file, side=190):
             for picture in pictures:
                 picture.paste("white", mask=edge)
         page.append(np.hstack([ImageOps.expand(picture, 4, "white") for picture in pictures]))
-        page += [line(part, width, color) for text, color in note
-                 for part in textwrap.wrap(text, width // 8)]
+        page += [line(part, width, "white" if k else color) for text, color in note
+                 for k, part in enumerate(textwrap.wrap(text, width // 8))]
     Image.fromarray(np.vstack(page)).save(file)
 
 
