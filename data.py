@@ -382,7 +382,7 @@ class Steps(torch.utils.data.Dataset):
         return self.steps
 
     def good(self, i):
-        """i, or the next sample that can be prepared. Each is prepared once more for it."""
+        """i, or the next sample that can be prepared."""
         for i in (k % len(self.data) for k in range(i, i + min(1000, len(self.data)))):
             try:
                 return self.prepare([self.data[i]]) and i
@@ -395,8 +395,15 @@ class Steps(torch.utils.data.Dataset):
         everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
         for start in range(0, self.share, self.micro):
             mine = everyone[self.rank::self.world][start:start + self.micro]
-            index = [self.good(i) if self.skipped else i for i in mine or everyone[:1]]
-            batches.append(self.prepare([self.data[i] for i in index], index, not mine))
+            index = mine or everyone[:1]
+            try:
+                batch = self.prepare([self.data[i] for i in index], index, not mine)
+            except BadInput:
+                if not self.skipped:
+                    raise
+                index = [self.good(i) for i in index]
+                batch = self.prepare([self.data[i] for i in index], index, not mine)
+            batches.append(batch)
         return batches
 
 
