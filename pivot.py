@@ -655,7 +655,7 @@ def run_stage(s, device):
     with torch.device("meta" if row.needs and dist.get_world_size() > 1 else "cpu"):
         model = start()
     report = [f"# {s.name}/{s.stage}", *(
-        f"warning: {count} of {len(dataset)} samples of {dataset.file} {what}"
+        f"warning: {count} samples of {dataset.file} {what}"
         for what, count in getattr(dataset, "suspect", {}).items() if count)]
     if len(report) > 1:
         say("\n".join(report[1:]))

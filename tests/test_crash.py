@@ -31,11 +31,12 @@ torch.set_num_threads(1)
 sys.path[:0] = [{root!r}]
 import pivot
 for line in sys.stdin:
+    log, *argv = json.loads(line)
     pid = os.fork()
     if not pid:
-        os.dup2(os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(2, 1)
-        pivot.main(json.loads(line))
+        pivot.main(argv)
         os._exit(0)
     print(pid, flush=True)
     status = os.waitpid(pid, 0)[1]
@@ -50,17 +51,19 @@ def tiny(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def spawn(tiny):
-    """argv -> pid of a running child; and wait() -> its exit status, negative for a signal."""
-    log = tiny / "children.log"
-    parent = subprocess.Popen([sys.executable, "-c", FORKS.format(root=str(ROOT), log=str(log))], stdin=subprocess.PIPE,
+    """argv -> pid of a running child; wait() -> its exit status, negative for a signal; and what the latest child printed (a
+    log each: the workers of a killed one may complain seconds later)."""
+    logs = []
+    parent = subprocess.Popen([sys.executable, "-c", FORKS.format(root=str(ROOT))], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
 
     def start(argv):
-        parent.stdin.write(json.dumps(list(map(str, argv))) + "\n")
+        logs.append(tiny / f"child{len(logs)}.log")
+        parent.stdin.write(json.dumps([str(logs[-1]), *map(str, argv)]) + "\n")
         parent.stdin.flush()
         return int(parent.stdout.readline())
 
-    yield start, lambda: int(parent.stdout.readline()), log
+    yield start, lambda: int(parent.stdout.readline()), lambda: logs[-1].read_text()
     parent.stdin.close()
     parent.wait(timeout=30)
 
@@ -121,7 +124,7 @@ def test_killed_25_times_at_random_moments(tiny, spawn, capsys):
                              1e-3, "--encoder-lr", 1e-3, "--export", "llava", "--eval-data", tiny / "pairs.jsonl",
                              data=f"{name}/pairs.jsonl")
     start(runs["once"])
-    assert wait() == 0, log.read_text()[-2000:]
+    assert wait() == 0, log()[-2000:]
     killed, index = tiny / "runs/killed/dpo", tiny / "killed/pairs.jsonl.index"
     plan = ["index"] * 5 + ["reference"] * 5 + ["step", "save"] * 5 + ["export"] * 5
     for wanted in plan:
@@ -147,7 +150,7 @@ def test_killed_25_times_at_random_moments(tiny, spawn, capsys):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         status, now = wait(), phase(killed, index)
-        assert status in (0, -signal.SIGKILL), log.read_text()[-2000:]
+        assert status in (0, -signal.SIGKILL), log()[-2000:]
         whole(killed)
         seen.append(now if status else "finished")
         if not status and len(plan) < 40:           # too late: once more
@@ -155,7 +158,7 @@ def test_killed_25_times_at_random_moments(tiny, spawn, capsys):
         if pivot.finished(killed):                  # what follows is to be done again
             m.write_json(killed / "settings.json", {k: v for k, v in pivot.read_settings(killed).items() if k != "finished"})
     start(runs["killed"])
-    assert wait() == 0, log.read_text()[-2000:]
+    assert wait() == 0, log()[-2000:]
     once = tiny / "runs/once/dpo"
     with capsys.disabled():
         print(f"\nkilled {sum(s != 'finished' for s in seen)} of {len(seen)} times in {time.time() - began:.0f} s:",
@@ -176,9 +179,9 @@ def test_a_signal_at_any_time_is_one_line(tiny, spawn, number):
     while not ((folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count("\n") > 5):
         time.sleep(.002)
     os.kill(pid, number)
-    assert wait() == 143 and "the same command goes on" in log.read_text().splitlines()[-1]
+    assert wait() == 143 and "the same command goes on" in log().splitlines()[-1]
     done = len(learned(folder))
-    assert pivot.saves(folder)[-1][0] == done < 200 and "Traceback" not in log.read_text()
+    assert pivot.saves(folder)[-1][0] == done < 200 and "Traceback" not in log()
 
 
 def test_a_signal_after_training_is_not_swallowed(tiny):
