@@ -104,7 +104,8 @@ def option(default, help, choices=None):
 @dataclass
 class Settings:
     """The command line. None: the stage's row in the table decides."""
-    stage: str = option("dpo", "what to run", [*WORLD, "probe", "chat"])
+    stage: str = option("dpo", "what to run", [
+        *WORLD, "probe", "gradients", "chat"])
     name: str = option(None, "of the run, written to RUNS/NAME/STAGE (default: the preset)")
     base: str = option(None, "run whose earlier stages this one starts from (default: the preset)")
     runs: str = option("runs", "folder of all runs")
@@ -189,7 +190,7 @@ def resolve(s):
         cuda = torch.cuda.is_available()
         bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
         s = replace(s, dtype="bfloat16" if bf16 else "float32")
-    if s.stage in ("chat", "probe"):
+    if s.stage in ("chat", "probe", "gradients"):
         return s
     if s.stage not in PRESETS[s.preset]:
         raise BadInput(f"--stage {s.stage}: preset {s.preset} has no such stage")
@@ -781,45 +782,71 @@ def measure(s, folder, parts, pairs, prepare, device):
 
 
 def run_probe(s, device):
-    """Every probe on every encoder of the run NAME and of runs NAME-..., side by side; and the base
-    model's gradient maps, SFT's and DPO's, on held-out pairs of this seed."""
+    """Every probe on every encoder of the run NAME and of runs NAME-..., side by side."""
     runs, folder = Path(s.runs), Path(s.runs) / s.name / "probe"
     encoders = {f"{home.name[len(s.name) + 1:]} {stage}".strip(): str(home / stage / "encoder")
                 for home in sorted(runs.glob(f"{s.name}*"))
                 if home.name[len(s.name):][:1] in ("", "-")
                 for stage in ("encoder", "instruct", "sft", "dpo") if finished(home / stage)}
-    base, llm = runs / s.base / "instruct", runs / s.base / "llm" / "llm"
-    if dist.get_world_size() > 1:
-        raise BadInput("--stage probe: one process does it; give torchrun no more")
-    if not encoders or not finished(base):
+    llm = runs / s.base / "llm"
+    if not encoders or not finished(llm):
         raise BadInput(f"{runs}: no finished stage of {s.name}, or none of {s.base}: train one")
-    settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer")}
+    settings = {k: getattr(s, k) for k in ("seed", "split", "select_layer")}
     settings |= {"inputs": {name: hash_weights(at) for name, at in encoders.items()}}
-    if same_or_refuse(folder, settings):
-        return say((folder / "report.md").read_text())
-    folder.mkdir(parents=True, exist_ok=True)
+    if begin_alone(s, folder, settings):
+        return
     encoders = {name: (at,) if Path(at).parent.name == "encoder" else
                 (at, str(Path(at).parent / "projector")) for name, at in encoders.items()}
     scenes = (60, 20, 60) if s.preset == "toy" else (1000, 300, 1000)
-    results = probe.probes(encoders, llm=llm, select_layer=s.select_layer, seed=s.seed,
+    results = probe.probes(encoders, llm=llm / "llm", select_layer=s.select_layer, seed=s.seed,
                            scenes=scenes, device=device, out=folder)
+    end_alone(s, folder, settings, {"probes": results}, probe.probe_tables(results))
 
-    model = load_model(base / "encoder", base / "projector", base / "llm", s.select_layer)
-    made, rows = read_settings(base), []
-    prepare = data.Prepare(data.Tokenizer(base / "llm"), made["template"], model.encoder.config,
-                           made["max_length"], responses=2)
-    for wording in ("apart", "terse", "free"):
-        pairs = data.World("preferences", s.split, 6 * scenes[0] // 10, wording, s.errors,
-                           first=s.seed * 1000)
-        samples = [pairs[i] for i in range(len(pairs))]
-        maps, found = probe.gradient_maps(model.to(device), samples, prepare, device, s.beta)
-        rows += [row | {"wording": wording} for row in found]
-    for kind in ("one word", "object", "scene"):
-        shown = [row["sample"] for row in found if row["answer"] == kind][:3]
-        probe.gradient_picture([samples[i] for i in shown], maps[shown],
-                               folder / f"gradients-{kind.replace(' ', '-')}.png")
-    write_json(folder / "results.json", {"probes": results, "gradients": rows})
-    text = "\n\n".join([f"# {s.name}/probe", *probe.probe_tables(results)])
+
+def run_gradients(s, device):
+    """Gradient maps of SFT and DPO at the model that both start from: on the world's held-out pairs
+    of this seed, worded in three ways; or on --data's first ones (pictures: no region is known)."""
+    folder, row = Path(s.runs) / s.name / "gradients", PRESETS[s.preset]["dpo"]
+    parts = inputs(replace(s, stage="dpo"), device)
+    settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer", "beta",
+                                           "eval_scenes", "template", "data", "image_size")}
+    settings |= {"inputs": {part: hash_weights(at) for part, at in parts.items()}}
+    if begin_alone(s, folder, settings):
+        return
+    model = load_model(*(parts[part] for part in ALL), s.select_layer, s.seed, s.image_size,
+                       s.encoder_config).to(device)
+    rows, kinds = [], [""] if s.data else ["one word", "object", "scene"]
+    for wording in ["given"] if s.data else ["apart", "terse", "free"]:
+        pairs = (data.Records(s.data, s.image_root) if s.data else data.World(
+            "preferences", s.split, 5 * s.eval_scenes, wording, s.errors, first=s.seed * 1000))
+        if not getattr(pairs, "preferences", True):
+            raise BadInput(f"{pairs.file}: has no \"rejected\"; maps compare two answers")
+        prepare = preparation(s, row, parts, pairs, folder)
+        prepare.pack = False
+        samples = [pairs[i] for i in range(min(len(pairs), 5 * s.eval_scenes))]
+        maps, found = probe.gradient_maps(model, samples, prepare, device, s.beta)
+        rows += [line | {"wording": wording} for line in found]
+    for kind in kinds:
+        shown = [r["sample"] for r in found if r["answer"] == kind][:3] if kind else range(
+            min(len(samples), 12))
+        file = folder / ("-".join(["gradients", *kind.split()]) + ".png")
+        probe.gradient_picture([samples[i] for i in shown], maps[list(shown)], file)
+    end_alone(s, folder, settings, {"gradients": rows}, probe.gradient_tables(rows))
+
+
+def begin_alone(s, folder, settings):
+    """For what one process does. Was it done before with the same settings? Then say so."""
+    if dist.get_world_size() > 1:
+        raise BadInput(f"--stage {s.stage}: one process does it; give torchrun no more")
+    if same_or_refuse(folder, settings):
+        say((folder / "report.md").read_text())
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def end_alone(s, folder, settings, results, tables):
+    write_json(folder / "results.json", results)
+    text = "\n\n".join([f"# {s.name}/{s.stage}", *tables])
     (folder / "report.md").write_text(text + "\n")
     write_json(folder / "settings.json", settings | {"finished": True})
     say(text + f"\n\n{folder}: done")
@@ -872,7 +899,8 @@ def main(argv=None):
         s = resolve(asked)
         MLLM.kernels = s.attention == "auto"
         (dry_run if s.dry_run else
-         {"chat": chat, "probe": run_probe}.get(s.stage, run_stage))(s, device)
+         {"chat": chat, "probe": run_probe, "gradients": run_gradients}.get(
+             s.stage, run_stage))(s, device)
     except (BadInput, Stopped, KeyboardInterrupt) as error:
         print(f"pivot: {str(error) or 'interrupted; the same command goes on'}", file=sys.stderr)
         sys.exit(1 if isinstance(error, BadInput) else 143)

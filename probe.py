@@ -834,6 +834,28 @@ def probe_tables(results):
     return out
 
 
+def gradient_tables(rows):
+    """gradient_maps' rows, each with its "wording": lift and hit by wording and kind of answer, and
+    by detail, with the 95% interval over samples of DPO's lift minus SFT's, paired by sample."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups["what the answers are", f"{row['wording']}, {row['answer']}"].append(row)
+        groups["the detail they differ in", f"{row['wording']}, {row['detail']}"].append(row)
+    out = []
+    for title in dict.fromkeys(title for title, _ in groups):
+        lines = []
+        for name, some in ((name, some) for (at, name), some in groups.items() if at == title):
+            gaps = [row["dpo"][0] - row["sft"][0] for row in some]
+            half = 1.96 * np.std(gaps) / len(gaps) ** .5
+            lines.append([name, len(some), *(fmean(row[m][i] for row in some)
+                                             for i in (0, 1) for m in MAPS),
+                          f"{fmean(gaps):+.3f} +- {half:.3f}"])
+        out.append(f"Gradient maps, by {title}: lift, and how often the strongest token is inside."
+                   "\n\n" + markdown(["wording, answer", "n", *(f"lift {m}" for m in MAPS),
+                                      *(f"hit {m}" for m in MAPS), "lift, DPO - SFT"], lines))
+    return out
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from probe import markdown  # noqa: E402
@@ -42,7 +43,7 @@ def runs_of(first, seeds, name):
     if name:
         return {name: name}, {name: first}
     bases = {str(s): f"base-{numbers[i % min(2, seeds)]}" for i, s in enumerate(numbers)}
-    return bases, {run: int(run.split("-")[-1]) for run in (*bases, *bases.values())}
+    return bases, {run: int(run.split("-")[-1]) for run in (*bases, *(f"base-{s}" for s in numbers))}
 
 
 def plan(bases, number, grid, sweeps, samples):
@@ -56,12 +57,17 @@ def plan(bases, number, grid, sweeps, samples):
         add(base, "encoder", base, seed, *options)
         add(base, "instruct", base, seed, *options, after=[f"{base}/encoder"])
 
+    def maps(base, seed):
+        if not grid:
+            add(base, "gradients", base, seed, after=[f"{base}/instruct"])
+
     def both(run, base, seed, *options):
         for stage in ("sft", "dpo"):
             add(run, stage, base, seed, *options, after=[f"{base}/instruct"] + [f"{run}/sft"] * (stage == "dpo"))
 
     for b in dict.fromkeys(bases.values()):
         chain(b, b)
+        maps(b, b)
     if grid:
         for s, b in bases.items():
             for rate in GRID:
@@ -78,6 +84,7 @@ def plan(bases, number, grid, sweeps, samples):
             source = source.format(s=s, b=b)
             add(f"{s}-pivot-{row}", "pivot", b, s, "--encoder", f"{{out}}/{source}/encoder",
                 after=[source, f"{b}/instruct"])
+
     def sweep(run, base, s, *options):
         both(run, base, s, *options)
         add(run, "probe", base, s, after=[f"{run}/sft", f"{run}/dpo"])
@@ -88,9 +95,14 @@ def plan(bases, number, grid, sweeps, samples):
             sweep(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // BATCH)
         for name, options in SETTINGS.items():
             sweep(f"{s}-{name}", b, s, *options)
+    for b in number if sweeps else ():                  # more base models, for the gradient maps alone
+        if b not in bases:
+            chain(b, b)
+            maps(b, b)
     for name in SIZES:
         for s, b in some:
             chain(f"{b}-{name}", b, f"--{name[:-6]}-size", name[-5:])
+            maps(f"{b}-{name}", b)
             sweep(f"{s}-{name}", f"{b}-{name}", s)
     return jobs
 
@@ -264,25 +276,55 @@ FINDINGS = [    # title, claim, measures, pairs of rows; the first table: first 
 
 
 def gradients(out, bases):
-    """Finding 4, gradient maps: lift by kind of answer, for every wording, and by detail; paired by seed. Returns markdown
-    and {kind of answer: (mean of DPO's lift over SFT's, half of its interval)}."""
-    seeds = [found["gradients"] for s in bases if (found := read(out / s / "probe" / "results.json"))]
-    groups = [("", wording, "answer") for wording in ("free", "terse", "apart")] + [("detail: ", "free", "detail")]
+    """Finding 4, gradient maps of the base models: lift by kind of answer, in every wording, and by detail; a base model
+    counts once. Returns markdown and {kind of answer: (mean of DPO's lift over SFT's, half of its interval)}."""
+    homes = {b: found["gradients"] for b in bases if (found := read(out / b / "gradients" / "results.json"))}
+    groups = [("", wording, "answer") for wording in ("free", "terse", "apart")] + [("detail: ", "terse", "detail")]
     rows, maps, ratio = [], ("sft", "dpo", "sft, differing tokens", "rejected"), {}
     for title, wording, key in groups:
         def wanted(row):
             described = row["answer"] != "one word"
             return row["wording"] == wording and (described or key == "answer" and wording == "free")
-        for group in sorted({row[key] for seed in seeds for row in seed if wanted(row)}):
-            some = [[row for row in seed if wanted(row) and row[key] == group] for seed in seeds]
+        for group in sorted({row[key] for home in homes.values() for row in home if wanted(row)}):
+            some = [[row for row in home if wanted(row) and row[key] == group] for home in homes.values()]
             lifts = [[sum(row[m][i] for row in part) / len(part) for i in (0, 1) for m in maps] for part in some if part]
-            ratios = [interval([seed[k] / seed[0] for seed in lifts])[:2] for k in (1, 2)]
+            ratios = [interval([home[k] / home[0] for home in lifts])[:2] for k in (1, 2)]
             name = title + group + (f", {wording}" if group in ("object", "scene") else "")
             ratio[name] = ratios[0]
             rows.append([name, *(f"{sum(c) / len(c):.2f}" for c in zip(*lifts)),
                          *(f"{mean:.2f}" + (f" +- {half:.2f}" if half == half else "") for mean, half in ratios)])
-    return markdown(["", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT",
+    return markdown([f"{len(homes)} base models", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT",
                      "differing tokens / SFT"], rows), ratio
+
+
+def knowledge(out):
+    """Does DPO's gradient find what the base model already sees? A point for each base model (of any size) and detail: its
+    right answers above the constant answer's, and DPO's lift over SFT's, descriptions in the base model's own terse words."""
+    points, rows = {}, []
+    for home in sorted(out.glob("base-*")):
+        found, asked = (read(home / stage / "results.json") for stage in ("gradients", "instruct"))
+        for n, right, _, constant, _, detail in asked["results"]["questions"].values() if found and asked else ():
+            some = [row for row in found["gradients"] if row["wording"] == "terse" and row["answer"] != "one word"
+                    and row["detail"] == detail]
+            if some and detail in GROUPS["asked"]:
+                sft, dpo = (sum(row[m][0] for row in some) for m in ("sft", "dpo"))
+                points[home.name, detail] = (right - constant) / n, dpo / sft
+    if len(homes := dict.fromkeys(home for home, _ in points)) < 3:
+        return ""
+    details = list(dict.fromkeys(detail for _, detail in points))
+    rows = [[home, *(f"{points[home, d][0]:+.2f}: {points[home, d][1]:.2f}" for d in details)] for home in homes]
+    x, y = (np.array([[points[home, d][i] for d in details] for home in homes]) for i in (0, 1))
+    x, y = (v - v.mean(0) for v in (x, np.log(y)))           # between base models, within a detail
+    slope = x.ravel() @ y.ravel() / (x * x).sum()
+    without = []                                            # jackknife over base models
+    for i in range(len(x)):
+        a, b = (np.delete(v, i, 0) - np.delete(v, i, 0).mean(0) for v in (x, y))
+        without.append(a.ravel() @ b.ravel() / (a * a).sum())
+    error = ((len(x) - 1) / len(x) * ((without - np.mean(without)) ** 2).sum()) ** .5
+    return ("What decides: does the base model see the detail already? Right answers above the constant answer's share, and DPO's "
+            "lift over SFT's (descriptions,\nterse), by base model and detail:\n\n" + markdown(["base model", *details], rows) +
+            f"\n\nWithin a detail, between base models: {slope:+.2f} +- {T[min(len(x), len(T)) - 1] * error:.2f} in log(lift ratio) for "
+            "each 1.00 of accuracy (least squares, jackknife over base models).")
 
 
 def sweeps(out, bases):
@@ -358,8 +400,9 @@ def report(out, bases, number, grid, file):
             key = next((row for row in rows if row[:2] == ["DPO - SFT", metrics[0]]), rows[0])
             agrees = {"higher": "agrees", "lower": "contradicts"}.get(key[6], "undecided" if key[4] else "one seed")
             overview.append([title, *key[:2], *key[3:6], "" if claim.startswith(CONTROL) else agrees])
-    if any((out / s / "probe" / "results.json").exists() for s in bases):
-        lifts, ratio = gradients(out, bases)
+    homes = [b for b in number if (out / b / "gradients" / "results.json").exists()]
+    if homes:
+        lifts, ratio = gradients(out, homes)
         for name in ("object, free", "object, terse", "object, apart"):
             mean, half = ratio[name]
             agrees = "agrees" if mean - half > 1 else "contradicts" if mean + half < 1 else "undecided"
@@ -371,7 +414,7 @@ def report(out, bases, number, grid, file):
                     "both answers share cancel; compare \"sft, differing tokens\". Wording: terse, the base model's\nown; free, the "
                     "preferences', a pair alike; apart, a pair's two in different words.\n\n" + lifts)
         for kind in ("one-word", "object", "scene"):
-            text.append(f"![gradient maps]({os.path.relpath(out / home / 'probe', file.parent)}/gradients-{kind}.png)")
+            text.append(f"![gradient maps, {kind}]({os.path.relpath(out / homes[0] / 'gradients', file.parent)}/gradients-{kind}.png)")
     text.insert(1, "## In one table\n\nDoes our world agree with the paper's claim?\n\n" + markdown(
         ["finding", "difference", "measure", "mean", "95% +-", "detectable", "paper"], overview))
     text += sweeps(out, bases) + [cost(out, bases[home], home)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny import main, options, write_rows, write_tiny
 
 import data
 import model as m
@@ -222,3 +223,33 @@ def test_annotations(saved, tmp_path, capsys):
     with pytest.raises(SystemExit):
         probe.main([str(saved), "--data", str(root)])
     assert "3.png" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_gradient_maps_of_a_users_model_and_pairs(tmp_path, tokenizer, capsys):
+    """--stage gradients: whoever has a model and pairs gets the picture; done once; without "rejected" one line."""
+    folder = write_tiny(tmp_path, tokenizer)
+    argv = options(folder, stage="gradients")
+    made = folder / "runs/paper/gradients"
+    assert main(*argv) == 0
+    with Image.open(made / "gradients.png") as page:
+        assert page.width == 3 * 190 and page.height > 12 * 190          # image, SFT, DPO; the first twelve pairs
+    before = (made / "gradients.png").stat().st_mtime_ns
+    assert main(*argv) == 0 and (made / "gradients.png").stat().st_mtime_ns == before
+    assert main(*argv, "--beta", ".3") == 1 and "was made with beta = 0.1, now 0.3" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    write_rows(folder / "one.jsonl", [{k: row[k] for k in ("image", "question", "chosen")} for row in rows])
+    assert main(*options(folder, "--name", "one", stage="gradients", data="one.jsonl")) == 1
+    error = capsys.readouterr().err
+    assert "one.jsonl: " in error and "rejected" in error and error.count("\n") == 1
+
+
+def test_gradient_tables_show_means_and_paired_intervals():
+    row = {"answer": "object", "detail": "size", "wording": "terse"}
+    lifts = np.random.default_rng(0).gamma(2, 1, (50, len(probe.MAPS)))
+    rows = [row | {m: [v, v > 2] for m, v in zip(probe.MAPS, some)} for some in lifts]
+    table = probe.gradient_tables(rows)[0].splitlines()[-1]
+    gaps = lifts[:, 1] - lifts[:, 0]
+    for number in (f"{gaps.mean():+.3f} +- {1.96 * gaps.std() / 50 ** .5:.3f}", "terse, object", "| 50 "):
+        assert number in table
+    cells = [cell.strip() for cell in table.split("|")][3:11]
+    assert np.allclose([float(c) for c in cells], [*lifts.mean(0), *(lifts > 2).mean(0)], atol=1e-3)

@@ -25,19 +25,21 @@ def test_every_job_waits_for_jobs_that_there_are():
         jobs = study.plan(*study.runs_of(100, 5, None), grid, sweeps, 4096)
         assert all(need in jobs for _, after in jobs.values() for need in after)
         assert len({s for s in (o[3] for o, _ in jobs.values())}) == 5          # five seeds, two of them with a base
-        assert sum(name.startswith("base-") and name.endswith("/instruct") for name in jobs) == 2 + 4 * min(2, sweeps)
+        ends = [name for name in jobs if name.startswith("base-")]              # sweeps: sizes, and all five for the maps
+        for stage, some in (("/instruct", True), ("/gradients", not grid)):
+            assert sum(name.endswith(stage) for name in ends) == some * (2 + 3 * bool(sweeps) + 4 * min(2, sweeps))
 
 
 def test_the_study_at_toy_length(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "tests/study.py"), "--out", str(tmp_path), "--name", "toy", "--preset", "toy",
-                           "--eval-scenes", "2", "--samples", "64"], capture_output=True, text=True, timeout=900)
+                           "--eval-scenes", "8", "--samples", "64"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = (tmp_path / "toy/report.md").read_text()
     for title in ("2. DPO and SFT", "3. The encoder by itself", "4. Segmentation", "4. Where the gradient goes",
                   "Alignment", "6. PIVOT", "Cost", "random", "larger original", "absent objects"):
         assert title in report, title
-    assert all((tmp_path / f"toy/probe/gradients-{kind}.png").exists() for kind in ("one-word", "object", "scene"))
-    again = run("--stage", "dpo", "--preset", "toy", "--eval-scenes", "2", "--samples", "64", "--runs", tmp_path)
+    assert all((tmp_path / f"toy/gradients/gradients-{kind}.png").exists() for kind in ("one-word", "object", "scene"))
+    again = run("--stage", "dpo", "--preset", "toy", "--eval-scenes", "8", "--samples", "64", "--runs", tmp_path)
     assert "nothing to do" in again.stdout                                  # the names are those that pivot.py gives
     answers = [study.answers(tmp_path / f"toy/{stage}")["visual"] for stage in ("sft", "dpo")]
     row = next(line for line in report.splitlines() if line.startswith("| DPO - SFT ") and "| visual " in line)
@@ -59,3 +61,21 @@ def test_differences_are_paired_and_a_base_model_counts_once():
     assert row[2:4] == [2, "+0.1500"]
     row, = study.compare(table, "base", "SFT", ["visual"], bases)
     assert row[2] == 5 and row[3] == f"{sum(.6 + s / 100 - (.5, .7)[b] for s, b in bases.items()) / 5:+.4f}"
+
+
+def test_knowledge_finds_a_slope_between_base_models_within_details(tmp_path):
+    """Base models that know more of a detail get a larger ratio of lifts: the slope that was put in comes out, whatever the
+    details' own levels are."""
+    rng = np.random.default_rng(0)
+    for b in range(5):
+        rows, questions = [], {}
+        for i, detail in enumerate(study.GROUPS["asked"]):
+            right = int(rng.integers(60, 200))
+            questions[f"x {detail}"] = [200, right, 0, 40, "x", detail]
+            ratio = math.exp(i / 3 + .8 * (right - 40) / 200)
+            rows += [{"wording": w, "answer": "object", "detail": detail, "sft": [2., True],
+                      "dpo": [2 * ratio if w == "terse" else 9., True]} for w in ("terse", "free")]
+        for stage, found in (("gradients", {"gradients": rows}), ("instruct", {"results": {"questions": questions}})):
+            (tmp_path / f"base-{b}" / stage).mkdir(parents=True)
+            (tmp_path / f"base-{b}" / stage / "results.json").write_text(json.dumps(found))
+    assert "base models: +0.80 +- 0.00 in log" in study.knowledge(tmp_path)
