@@ -782,13 +782,16 @@ def measure(s, folder, parts, pairs, prepare, device):
 
 
 def run_probe(s, device):
-    """Every probe on every encoder of the run NAME and of runs NAME-..., side by side."""
+    """Every probe on every encoder of the run NAME and of runs NAME-..., side by side; and on that
+    of the base model, if it is another run's."""
     runs, folder = Path(s.runs), Path(s.runs) / s.name / "probe"
     encoders = {f"{home.name[len(s.name) + 1:]} {stage}".strip(): str(home / stage / "encoder")
                 for home in sorted(runs.glob(f"{s.name}*"))
                 if home.name[len(s.name):][:1] in ("", "-")
                 for stage in ("encoder", "instruct", "sft", "dpo") if finished(home / stage)}
-    llm = runs / s.base / "llm"
+    llm, base = runs / s.base / "llm", runs / s.base / "instruct"
+    if s.base != s.name and finished(base):
+        encoders = {"base": str(base / "encoder")} | encoders
     if not encoders or not finished(llm):
         raise BadInput(f"{runs}: no finished stage of {s.name}, or none of {s.base}: train one")
     settings = {k: getattr(s, k) for k in ("seed", "split", "select_layer")}

@@ -205,22 +205,20 @@ def collect(out, bases):
     the first seed that uses it: two seeds do not make one base model two."""
     table, once = {}, {b: s for s, b in reversed(bases.items())}
 
-    def put(row, metrics):
-        for name, value in metrics.items():
-            if row in SHARED and not name.startswith("PIVOT") and once[b] != s:
-                continue
+    def put(row, metrics, shared=False):
+        for name, value in metrics.items() if not shared or once[b] == s else ():
             table.setdefault(row, {}).setdefault(name, {})[s] = value
 
     for s, b in bases.items():
         mine, first = (read(out / name / "probe" / "results.json") for name in (s, b))
-        for row, run, label in (("random", first, "random"), ("original", first, "encoder"), ("base", first, "instruct"),
-                                ("larger original", first, "larger encoder"),
+        for row, run, label in (("random", first, "random"), ("original", first, "encoder"),
+                                ("base", mine, "base" if s != b else "instruct"), ("larger original", first, "larger encoder"),
                                 ("SFT", mine, "sft"), ("SFT x 2", mine, "twice sft"), ("DPO", mine, "dpo")):
             if run and label in run["probes"]:
-                put(row, probed(run["probes"][label]))
+                put(row, probed(run["probes"][label]), run is first)
         for row, at in (("base", f"{b}/instruct"), ("SFT", f"{s}/sft"), ("SFT x 2", f"{s}-twice/sft"),
                         ("DPO", f"{s}/dpo")):
-            put(row, answers(out / at))
+            put(row, answers(out / at), row == "base")
         for row, name in zip(("original", "base", "SFT", "DPO", "larger original"), PIVOTS):
             put(row, {f"PIVOT: {k}": v for k, v in answers(out / f"{s}-pivot-{name}" / "pivot").items()})
     return table
@@ -235,12 +233,14 @@ def interval(values):
 
 
 def compare(table, a, b, metrics, bases):
-    """Rows of a markdown table: b - a, paired by seed, or by base model where no seed is in it."""
+    """Rows of a markdown table: b - a, paired by seed. What has no value of this seed has its base model's; where neither
+    depends on the seed, a base model counts once."""
     rows, once = [], {b: s for s, b in reversed(bases.items())}
     for metric in metrics:
         first, second = (table.get(row, {}).get(metric, {}) for row in (a, b))
-        shared = a in SHARED and not metric.startswith("PIVOT")
-        pairs = [(first[at], second[s]) for s in second if (at := once[bases[s]] if shared else s) in first]
+        both = a in SHARED and b in SHARED and not metric.startswith("PIVOT")
+        pairs = [(first[at], second[s]) for s in second if not both or s in once.values()
+                 for at in (s if s in first else once[bases[s]],) if at in first]
         if pairs:
             mean, half, least = interval([y - x for x, y in pairs])
             sure = "not known from one seed" if half != half else "higher" if mean > half else \
@@ -337,23 +337,27 @@ def sweeps(out, bases):
              "2. and 3. Number of samples": [f"n{n}" for n in SAMPLES],
              "Settings of the world, one at a time": list(SETTINGS)}
     metrics = ["visual", "ocr", "pairs", "asked, encoder, cell", "segmentation recall"]
+
+    def measured(run, stage, probed_in, label):
+        row = (read(out / probed_in / "probe/results.json") or {}).get("probes", {}).get(label)
+        return answers(out / run / stage) | (probed(row) if row else {})
+
     text = []
     for title, names in parts.items():
         rows = []
         for name in ("", *names):
-            found = {"SFT": [], "DPO": []}
-            for at in [out / f"{s}-{name}".rstrip("-") for s in bases]:
-                row = (read(at / "probe/results.json") or {}).get("probes", {})
-                if "sft" in row and "dpo" in row:
-                    for stage in found:
-                        found[stage].append(answers(at / stage.lower()) | probed(row[stage.lower()]))
-            gaps = [[d[m] - f[m] for f, d in zip(*found.values())] for m in metrics]
-            gaps = [interval(gap)[:2] for gap in gaps if gap]
-            rows += [[name or "defaults", stage, len(some), *(f"{sum(f[m] for f in some) / len(some):.3f}" for m in metrics)]
-                     for stage, some in found.items() if some]
-            gaps = [f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in gaps]
-            rows += [["", "DPO - SFT", "", *gaps]] if gaps else []
-        if len(rows) > 3:
+            found = []
+            for s, b in bases.items():
+                run, home, at = (f"{s}-{name}", f"{b}-{name}", f"{s}-{name}") if name in SIZES else (f"{s}-{name}".rstrip("-"), b, s)
+                found.append((measured(home, "instruct", at, "base" if s != b else "instruct"),
+                              *(measured(run, stage, run, stage) for stage in ("sft", "dpo"))))
+            some = [kinds for kinds in found if all(metrics[-1] in kind for kind in kinds)]
+            for row, kind in zip(("base", "SFT", "DPO"), zip(*some)):
+                rows.append([name or "defaults", row, len(some), *(f"{np.mean([k[m] for k in kind]):.3f}" for m in metrics)])
+            for a, at in (("base", 0), ("SFT", 1)) if some else ():
+                gaps = [interval([k[2][m] - k[at][m] for k in some])[:2] for m in metrics]
+                rows.append(["", f"DPO - {a}", "", *(f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in gaps)])
+        if len(rows) > 5:
             text.append(f"## {title}\n\n" + markdown(["run", "method", "seeds", *metrics], rows))
     return text
 
