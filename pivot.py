@@ -813,17 +813,19 @@ def run_gradients(s, device):
     parts = inputs(replace(s, stage="dpo"), device)
     settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer", "beta",
                                            "eval_scenes", "template", "data", "image_size")}
-    settings |= {"inputs": {part: hash_weights(at) for part, at in parts.items()}}
+    given = s.data and data.Records(s.data, s.image_root)
+    if given and not given.preferences:
+        raise BadInput(f"{given.file}: has no \"rejected\"; maps compare two answers")
+    settings |= {"inputs": {part: hash_weights(at) for part, at in parts.items()} |
+                 ({"data": given.fingerprint()} if given else {})}
     if begin_alone(s, folder, settings):
         return
     model = load_model(*(parts[part] for part in ALL), s.select_layer, s.seed, s.image_size,
                        s.encoder_config).to(device)
-    rows, kinds = [], [""] if s.data else ["one word", "object", "scene"]
-    for wording in ["given"] if s.data else ["apart", "terse", "free"]:
-        pairs = (data.Records(s.data, s.image_root) if s.data else data.World(
-            "preferences", s.split, 5 * s.eval_scenes, wording, s.errors, first=s.seed * 1000))
-        if not getattr(pairs, "preferences", True):
-            raise BadInput(f"{pairs.file}: has no \"rejected\"; maps compare two answers")
+    rows, kinds = [], [""] if given else ["one word", "object", "scene"]
+    for wording in ["given"] if given else ["apart", "terse", "free"]:
+        pairs = given or data.World("preferences", s.split, 5 * s.eval_scenes, wording, s.errors,
+                                    first=s.seed * 1000)
         prepare = preparation(s, row, parts, pairs, folder)
         prepare.pack = False
         samples = [pairs[i] for i in range(min(len(pairs), 5 * s.eval_scenes))]
