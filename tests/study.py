@@ -424,6 +424,7 @@ def report(out, bases, number, grid, file):
                     "of the picture; hit: the strongest token lies\ninside. Part of DPO's lift is arithmetic: tokens that "
                     "both answers share cancel; compare \"sft, differing tokens\". Wording: terse, the base model's\nown; free, the "
                     "preferences', a pair alike; apart, a pair's two in different words.\n\n" + lifts)
+        text += [seen] if (seen := knowledge(out)) else []
         for kind in ("one-word", "object", "scene"):
             text.append(f"![gradient maps, {kind}]({os.path.relpath(out / homes[0] / 'gradients', file.parent)}/gradients-{kind}.png)")
     text.insert(1, "## In one table\n\nDoes our world agree with the paper's claim?\n\n" + markdown(
