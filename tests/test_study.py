@@ -68,14 +68,20 @@ def test_knowledge_finds_a_slope_between_base_models_within_details(tmp_path):
     details' own levels are."""
     rng = np.random.default_rng(0)
     for b in range(5):
-        rows, questions = [], {}
+        rows, questions = [], {c: [2, 1, 1, 1, c, c] for c in ("general", "knowledge", "ocr", "vision", "exist", "fact")}
         for i, detail in enumerate(study.GROUPS["asked"]):
             right = int(rng.integers(60, 200))
             questions[f"x {detail}"] = [200, right, 0, 40, "x", detail]
             ratio = math.exp(i / 3 + .8 * (right - 40) / 200)
-            rows += [{"wording": w, "answer": "object", "detail": detail, "sft": [2., True],
-                      "dpo": [2 * ratio if w == "terse" else 9., True]} for w in ("terse", "free")]
+            rows += [{"wording": w, "answer": answer, "detail": detail, "sft": [2., True], "rejected": [2., True],
+                      "sft, differing tokens": [2., True], "dpo": [2 * ratio if w == "terse" else 2.2 - b / 10, True]}
+                     for w in ("terse", "free", "apart") for answer in ("object", "scene")]
         for stage, found in (("gradients", {"gradients": rows}), ("instruct", {"results": {"questions": questions}})):
             (tmp_path / f"base-{b}" / stage).mkdir(parents=True)
             (tmp_path / f"base-{b}" / stage / "results.json").write_text(json.dumps(found))
     assert "base models: +0.80 +- 0.00 in log" in study.knowledge(tmp_path)
+    bases, number = study.runs_of(0, 5, None)
+    study.report(tmp_path, bases, number, None, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    mean, half, _ = study.interval([1.1 - b / 20 for b in range(5)])
+    assert study.knowledge(tmp_path) in text and f"{mean:.2f} +- {half:.2f}" in text and "| lift, object, free  | 1.000" in text
