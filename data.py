@@ -872,6 +872,7 @@ class Records:
             raise BadInput(f"{file}: cannot be read, or a file that it names is nowhere below "
                            f"{bases[0]} ({error!r}); is --image-root right?") from None
         self.rows = rows.numpy()
+        self.size = len(self.rows)              # of the file, whatever is selected from it
         self.digest, self.preferences, self.left_out, self.suspect = json.loads(known["numbers"])
 
     def build(self):

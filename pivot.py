@@ -104,8 +104,7 @@ def option(default, help, choices=None):
 @dataclass
 class Settings:
     """The command line. None: the stage's row in the table decides."""
-    stage: str = option("dpo", "what to run", [
-        *WORLD, "probe", "gradients", "chat"])
+    stage: str = option("dpo", "what to run", [*WORLD, "probe", "gradients", "chat"])
     name: str = option(None, "of the run, written to RUNS/NAME/STAGE (default: the preset)")
     base: str = option(None, "run whose earlier stages this one starts from (default: the preset)")
     runs: str = option("runs", "folder of all runs")
@@ -656,7 +655,7 @@ def run_stage(s, device):
     with torch.device("meta" if row.needs and dist.get_world_size() > 1 else "cpu"):
         model = start()
     report = [f"# {s.name}/{s.stage}", *(
-        f"warning: {count} samples of {dataset.file} {what}"
+        f"warning: {count} of {dataset.size} samples of {dataset.file} {what}"
         for what, count in getattr(dataset, "suspect", {}).items() if count)]
     if len(report) > 1:
         say("\n".join(report[1:]))

@@ -219,8 +219,8 @@ def test_suspect_pairs_are_counted(tiny, capsys):
     write_rows(tiny / "odd.jsonl", rows + odd)
     assert main(*options(tiny, "--steps", 2, "--name", "odd", data="odd.jsonl")) == 0
     out = capsys.readouterr().out
-    for warning in ("1 samples of {} have the same chosen and rejected response", "2 samples of {} have an empty response",
-                    "2 samples of {} are there before"):
+    for warning in ("1 of 29 samples of {} have the same chosen and rejected response", "2 of 29 samples of {} have an empty response",
+                    "2 of 29 samples of {} are there before"):
         warning = "warning: " + warning.format(tiny / "odd.jsonl")
         assert warning in out and warning in (tiny / "runs/odd/dpo/report.md").read_text()
     assert main(*options(tiny, "--steps", 2, "--name", "even")) == 0 and "warning" not in capsys.readouterr().out
