@@ -35,7 +35,8 @@ SETTINGS = {    # one departure from the defaults each
     "16k": ["--samples", "16384", "--steps", "1024"],
     "clean-16k": ["--samples", "16384", "--steps", "1024", "--pairs", "drawn", "--errors", "0"]}
 DPO_ALONE = dict.fromkeys(("16k", "clean-16k"), ["--lr", "1e-4", "--encoder-lr", "1e-4"])   # by the grid's rule; SFT's: 1e-3
-SIZES = [f"{part}-{size}" for size in ("small", "large") for part in ("encoder", "llm")]
+BASES = {f"{part}-{size}": [f"--{part}-size", size] for size in ("small", "large") for part in ("encoder", "llm")}
+LONG = ["--steps", "1600"]                             # of instruct, twice the default: a base model that has seen more
 BATCH = 16                                             # of SFT and DPO
 PIVOTS = {"original": "{b}/encoder", "base": "{b}/instruct", "sft": "{s}/sft", "dpo": "{s}/dpo",
           "larger": "{b}-larger/encoder"}
@@ -57,9 +58,9 @@ def plan(bases, number, grid, sweeps, samples):
     def add(run, stage, base, seed, *options, after=()):
         jobs.setdefault(f"{run}/{stage}", (["--base", base, "--seed", number[seed], *options], list(after)))
 
-    def chain(base, seed, *options):
+    def chain(base, seed, *options, longer=()):
         add(base, "encoder", base, seed, *options)
-        add(base, "instruct", base, seed, *options, after=[f"{base}/encoder"])
+        add(base, "instruct", base, seed, *options, *longer, after=[f"{base}/encoder"])
 
     def maps(base, seed):
         if not grid:
@@ -100,13 +101,16 @@ def plan(bases, number, grid, sweeps, samples):
             sweep(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // BATCH)
         for name, options in SETTINGS.items():
             sweep(f"{s}-{name}", b, s, *options)
-    for b in number if sweeps else ():                  # more base models, for the gradient maps alone
-        if b not in bases:
-            chain(b, b)
-            maps(b, b)
-    for name in SIZES:
+    for b in [b for b in number if b not in bases] if sweeps else ():   # more base models, most for their maps alone
+        chain(b, b)
+        maps(b, b)
+        chain(f"{b}-long", b, longer=LONG)
+        maps(f"{b}-long", b)
+    for s, b in some:
+        sweep(f"{s}-long", f"{b}-long", s)
+    for name, options in BASES.items():
         for s, b in some:
-            chain(f"{b}-{name}", b, f"--{name[:-6]}-size", name[-5:])
+            chain(f"{b}-{name}", b, *options)
             maps(f"{b}-{name}", b)
             sweep(f"{s}-{name}", f"{b}-{name}", s)
     return jobs
@@ -334,7 +338,7 @@ def knowledge(out):
 
 def sweeps(out, bases):
     """Figures 2 to 6 in small, and one departure from the defaults at a time, paired by seed."""
-    parts = {"1. and 5. Size of the encoder and of the LLM head": SIZES,
+    parts = {"1. and 5. Size of the encoder and of the LLM head; instruct twice as long": [*BASES, "long"],
              "2. and 3. Number of samples": [f"n{n}" for n in SAMPLES],
              "Settings of the world, one at a time": list(SETTINGS)}
     metrics = ["visual", "ocr", "pairs", "asked, encoder, cell", "segmentation recall"]
@@ -349,7 +353,7 @@ def sweeps(out, bases):
         for name in ("", *names):
             found = []
             for s, b in bases.items():
-                run, home, at = (f"{s}-{name}", f"{b}-{name}", f"{s}-{name}") if name in SIZES else (f"{s}-{name}".rstrip("-"), b, s)
+                run, home, at = (f"{s}-{name}", f"{b}-{name}", f"{s}-{name}") if name in parts[next(iter(parts))] else (f"{s}-{name}".rstrip("-"), b, s)
                 found.append((measured(home, "instruct", at, "base" if s != b else "instruct"),
                               *(measured(run, stage, run, stage) for stage in ("sft", "dpo"))))
             some = [kinds for kinds in found if all(metrics[-1] in kind for kind in kinds)]
