@@ -284,6 +284,15 @@ FINDINGS = [    # title, claim, measures, pairs of rows; the first table: first 
      [("original", "base"), ("base", "SFT"), ("base", "DPO"), ("SFT", "DPO"), ("larger original", "DPO")])]
 
 
+LIFT = """The paper: DPO's gradient concentrates on the question's region, SFT's is scattered.
+
+lift: share of the gradient's mass inside the region over the region's share of the picture; hit: the strongest token lies
+inside. Part of DPO's lift is arithmetic: tokens that both answers share cancel; compare "sft, differing tokens". Wording: terse,
+the base model's own; free, the preferences', a pair alike; apart, a pair's two in different words.
+
+"""
+
+
 def gradients(out, bases):
     """Finding 4, gradient maps of the base models: lift by kind of answer, in every wording, and by detail; a base model
     counts once. Returns markdown and {kind of answer: (mean of DPO's lift over SFT's, half of its interval)}."""
@@ -318,22 +327,26 @@ def knowledge(out):
             if some and detail in GROUPS["asked"]:
                 sft, dpo = (sum(row[m][0] for row in some) for m in ("sft", "dpo"))
                 points[home.name, detail] = (right - constant) / n, dpo / sft
-    if len(homes := dict.fromkeys(home for home, _ in points)) < 3:
+    homes = dict.fromkeys(home for home, _ in points)
+    if len({home.split("-")[1] for home in homes}) < 3:
         return ""
     details = list(dict.fromkeys(detail for _, detail in points))
     rows = [[home, *(f"{points[home, d][0]:+.2f}: {points[home, d][1]:.2f}" for d in details)] for home in homes]
     x, y = (np.array([[points[home, d][i] for d in details] for home in homes]) for i in (0, 1))
-    x, y = (v - v.mean(0) for v in (x, np.log(y)))           # between base models, within a detail
-    slope = x.ravel() @ y.ravel() / (x * x).sum()
-    without = []                                            # jackknife over base models
-    for i in range(len(x)):
-        a, b = (np.delete(v, i, 0) - np.delete(v, i, 0).mean(0) for v in (x, y))
-        without.append(a.ravel() @ b.ravel() / (a * a).sum())
-    error = ((len(x) - 1) / len(x) * ((without - np.mean(without)) ** 2).sum()) ** .5
+
+    def slope(kept):
+        """log(y) on x, least squares, between base models, within a detail."""
+        a, b = (v[kept] - v[kept].mean(0) for v in (x, np.log(y)))
+        return (a * b).sum() / (a * a).sum()
+
+    seeds = np.array([home.split("-")[1] for home in homes])         # what a seed's base models share is not seen twice
+    without = np.array([slope(seeds != seed) for seed in dict.fromkeys(seeds)])
+    n = len(without)
+    half = T[min(n, len(T)) - 1] * ((n - 1) / n * ((without - without.mean()) ** 2).sum()) ** .5
     return ("What decides: does the base model see the detail already? Right answers above the constant answer's share, and DPO's "
             "lift over SFT's (descriptions,\nterse), by base model and detail:\n\n" + markdown(["base model", *details], rows) +
-            f"\n\nWithin a detail, between base models: {slope:+.2f} +- {T[min(len(x), len(T)) - 1] * error:.2f} in log(lift ratio) for "
-            "each 1.00 of accuracy (least squares, jackknife over base models).")
+            f"\n\nWithin a detail, between base models: {slope(seeds != ''):+.2f} +- {half:.2f} in log(lift ratio) for "
+            "each 1.00 of accuracy (least squares, jackknife over seeds).")
 
 
 def sweeps(out, bases):
@@ -415,22 +428,22 @@ def report(out, bases, number, grid, file):
             pages = sorted((out / home / "probe").glob("segmentation-*.png")) if metrics[0].startswith("segm") else []
             text += [f"![{page.stem}]({os.path.relpath(page, file.parent)})" for page in pages]
             overview.append([title, *key[:2], *key[3:6], "" if claim.startswith(CONTROL) else agrees])
-    homes = [b for b in number if (out / b / "gradients" / "results.json").exists()]
-    if homes:
+    for ending in ("", "-long"):
+        homes = [f"{b}{ending}" for b in number if (out / f"{b}{ending}" / "gradients" / "results.json").exists()]
+        if not homes:
+            continue
         lifts, ratio = gradients(out, homes)
+        title = "4. Where the gradient goes" + (", base models of twice the instruct steps" if ending else "")
         for name in (f"{kind}, {wording}" for kind in ("object", "scene") for wording in ("terse", "free", "apart")):
             mean, half = ratio[name]
             agrees = "agrees" if mean - half > 1 else "contradicts" if mean + half < 1 else "undecided"
-            overview.append(["4. Where the gradient goes", "DPO / SFT", f"lift, {name}", f"{mean:.3f}",
+            overview.append([title, "DPO / SFT", f"lift, {name}", f"{mean:.3f}",
                              *((f"{half:.3f}", "", agrees) if half == half else ("", "", "one seed"))])
-        text.append("## 4. Where the gradient goes\n\nThe paper: DPO's gradient concentrates on the question's region, "
-                    "SFT's is scattered.\n\nlift: share of the gradient's mass inside the region over the region's share "
-                    "of the picture; hit: the strongest token lies\ninside. Part of DPO's lift is arithmetic: tokens that "
-                    "both answers share cancel; compare \"sft, differing tokens\". Wording: terse, the base model's\nown; free, the "
-                    "preferences', a pair alike; apart, a pair's two in different words.\n\n" + lifts)
-        text += [seen] if (seen := knowledge(out)) else []
-        for kind in ("one-word", "object", "scene"):
-            text.append(f"![gradient maps, {kind}]({os.path.relpath(out / homes[0] / 'gradients', file.parent)}/gradients-{kind}.png)")
+        text.append(f"## {title}\n\n" + LIFT * (not ending) + lifts)
+        if not ending:
+            text += [f"![gradient maps, {kind}]({os.path.relpath(out / homes[0] / 'gradients', file.parent)}/gradients-{kind}.png)"
+                     for kind in ("one-word", "object", "scene")]
+    text += [seen] if (seen := knowledge(out)) else []
     text.insert(1, "## In one table\n\nDoes our world agree with the paper's claim?\n\n" + markdown(
         ["finding", "difference", "measure", "mean", "95% +-", "detectable", "paper"], overview))
     text += sweeps(out, bases) + [cost(out, bases[home], home)]
