@@ -395,15 +395,16 @@ class Steps(torch.utils.data.Dataset):
         everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
         for start in range(0, self.share, self.micro):
             mine = everyone[self.rank::self.world][start:start + self.micro]
-            index = mine or everyone[:1]
+
+            def batch(index):
+                return self.prepare([self.data[i] for i in index], index, dummy=not mine)
+
             try:
-                batch = self.prepare([self.data[i] for i in index], index, not mine)
+                batches.append(batch(mine or everyone[:1]))
             except BadInput:
                 if not self.skipped:
                     raise
-                index = [self.good(i) for i in index]
-                batch = self.prepare([self.data[i] for i in index], index, not mine)
-            batches.append(batch)
+                batches.append(batch([self.good(i) for i in mine or everyone[:1]]))
         return batches
 
 
@@ -813,23 +814,24 @@ def parse(text, number, kind, file):
 
 
 def scan(file):
-    """(first byte, text) of every line of a JSONL, or of every record of a JSON array."""
+    """(number, first byte, text) of every line of a JSONL, or of every record of a JSON array."""
     with open(file, "rb") as f:
         is_array, at = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["), 0
         f.seek(0)
-        for line in () if is_array else f:
+        for number, line in enumerate(() if is_array else f, 1):
             if line.strip():
-                yield at, line
+                yield number, at, line
             at += len(line)
         text = f.read().decode("latin-1")           # a character is a byte: good enough to scan
     decode, gap, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), text.find("[") + 1
+    number = 0
     while is_array and at <= len(text) and not text.startswith(
             "]", at := gap.match(text, at).end()):
         try:
             end = decode(text, at)[1]
         except (RecursionError, ValueError):        # `parse` will say what is wrong with the rest
             end = len(text) + 1
-        yield at, text[at:end].encode("latin-1")
+        yield (number := number + 1), at, text[at:end].encode("latin-1")
         at = end
 
 
@@ -882,7 +884,7 @@ class Records:
         several, pairs, suspect = 0, 0, Counter()
         for part, (kind, file, _) in enumerate(self.parts):
             bar = tqdm(scan(file), f"{file}: index, only once", unit="", leave=False, disable=None)
-            for number, (start, text) in enumerate(bar, 1):
+            for number, start, text in bar:
                 digest.update(text)
                 try:
                     sample = parse(text, number, kind, file)

@@ -189,6 +189,8 @@ def resolve(s):
         cuda = torch.cuda.is_available()
         bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
         s = replace(s, dtype="bfloat16" if bf16 else "float32")
+    if s.stage in ("probe", "gradients") and dist.get_world_size() > 1:
+        raise BadInput(f"--stage {s.stage}: one process does it; give torchrun no more")
     if s.stage in ("chat", "probe", "gradients"):
         return s
     if s.stage not in PRESETS[s.preset]:
@@ -536,6 +538,12 @@ def training_data(s, row):
     return data.World(row.content, split, s.samples, s.wording, s.errors, first=s.seed * 1_000_000)
 
 
+def must_be_pairs(*datasets):
+    for d in datasets:
+        if isinstance(d, data.Records) and not d.preferences:
+            raise BadInput(f"{d.file}: has no \"rejected\"; DPO needs preferences")
+
+
 def preparation(s, row, parts, dataset, folder):
     """How the stage makes batches; what --take and others leave out leaves the data set. folder:
     where a tokenizer is made if no LLM is among the parts."""
@@ -616,9 +624,8 @@ def run_stage(s, device):
     dataset = training_data(s, row)
     held_out = (data.Records(s.eval_data, s.image_root) if s.eval_data else
                 None if s.data else data.World(row.content, s.split, 512))
-    for d in (dataset, held_out):
-        if row.objective == "dpo" and isinstance(d, data.Records) and not d.preferences:
-            raise BadInput(f"{d.file}: has no \"rejected\"; stage dpo needs preferences")
+    if row.objective == "dpo":
+        must_be_pairs(dataset, held_out)
     if s.eval_every and not held_out:
         raise BadInput("--eval-every: needs held-out samples; name a file with --eval-data")
     prepare = preparation(s, row, parts, dataset, folder)
@@ -813,8 +820,7 @@ def run_gradients(s, device):
     settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer", "beta",
                                            "eval_scenes", "template", "data", "image_size")}
     given = s.data and data.Records(s.data, s.image_root)
-    if given and not given.preferences:
-        raise BadInput(f"{given.file}: has no \"rejected\"; maps compare two answers")
+    must_be_pairs(given)
     settings |= {"inputs": {part: hash_weights(at) for part, at in parts.items()} |
                  ({"data": given.fingerprint()} if given else {})}
     if begin_alone(s, folder, settings):
@@ -840,8 +846,6 @@ def run_gradients(s, device):
 
 def begin_alone(s, folder, settings):
     """For what one process does. Was it done before with the same settings? Then say so."""
-    if dist.get_world_size() > 1:
-        raise BadInput(f"--stage {s.stage}: one process does it; give torchrun no more")
     if same_or_refuse(folder, settings):
         say((folder / "report.md").read_text())
         return True

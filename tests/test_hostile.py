@@ -176,6 +176,7 @@ CASES = {   # what it is: (what it does to the folder, what the line says; None:
     "empty file": (lines(b""), "pairs.jsonl: no samples"), "no file": (gone("pairs.jsonl"), "pairs.jsonl: cannot be read"),
     "half a line": (lines(PAIR, GOOD[:-9]), "pairs.jsonl: sample 2: Expecting"),
     "two on a line": (lines(PAIR, GOOD * 2), "pairs.jsonl: sample 2: Extra data"),
+    "blank lines count": (lines(PAIR, b"", b"{"), "pairs.jsonl: sample 3: Expecting"),
     "a pickle": (lines(PAIR, pickle.dumps(Evil(), 0)), "pairs.jsonl: sample 2"),
     "deep nesting": (lines(PAIR, b"[" * 100_000), "pairs.jsonl: sample 2: .*recursion"),
     "deep nesting of objects": (lines(PAIR, b'{"a":' * 100_000), "pairs.jsonl: sample 2: .*recursion"),
