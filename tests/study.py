@@ -34,7 +34,7 @@ SETTINGS = {    # one departure from the defaults each
     # more than the laptop's minutes allow by default: here DPO, too, learns to rank unseen pairs
     "16k": ["--samples", "16384", "--steps", "1024"],
     "clean-16k": ["--samples", "16384", "--steps", "1024", "--pairs", "drawn", "--errors", "0"]}
-DPO_ALONE = dict.fromkeys(("16k", "clean-16k"), ["--lr", "1e-4", "--encoder-lr", "1e-4"])   # by the grid's rule; SFT's: 1e-3
+DPO_16K = ["--lr", "1e-4", "--encoder-lr", "1e-4"]     # by the grid's rule; SFT's: 1e-3, as ever
 BASES = {f"{part}-{size}": [f"--{part}-size", size] for size in ("small", "large") for part in ("encoder", "llm")}
 LONG = ["--steps", "1600"]                             # of instruct, twice the default: a base model that has seen more
 BATCH = 16                                             # of SFT and DPO
@@ -68,7 +68,7 @@ def plan(bases, number, grid, sweeps, samples):
 
     def both(run, base, seed, *options):
         for stage in ("sft", "dpo"):
-            own = DPO_ALONE.get(run.partition("-")[2], ()) if stage == "dpo" else ()
+            own = DPO_16K if stage == "dpo" and run.endswith("16k") else ()
             add(run, stage, base, seed, *options, *own, after=[f"{base}/instruct"] + [f"{run}/sft"] * (stage == "dpo"))
 
     for b in dict.fromkeys(bases.values()):
@@ -108,6 +108,7 @@ def plan(bases, number, grid, sweeps, samples):
         maps(f"{b}-long", b)
     for s, b in some:
         sweep(f"{s}-long", f"{b}-long", s)
+        sweep(f"{s}-long-clean-16k", f"{b}-long", s, *SETTINGS["clean-16k"])
     for name, options in BASES.items():
         for s, b in some:
             chain(f"{b}-{name}", b, *options)
@@ -351,7 +352,8 @@ def knowledge(out):
 
 def sweeps(out, bases):
     """Figures 2 to 6 in small, and one departure from the defaults at a time, paired by seed."""
-    parts = {"1. and 5. Size of the encoder and of the LLM head; instruct twice as long": [*BASES, "long"],
+    parts = {"1. and 5. Size of the encoder and of the LLM head": [*BASES],
+             "Base models of twice the instruct steps": ["long", "long-clean-16k"],
              "2. and 3. Number of samples": [f"n{n}" for n in SAMPLES],
              "Settings of the world, one at a time": list(SETTINGS)}
     metrics = ["visual", "ocr", "pairs", "asked, encoder, cell", "segmentation recall"]
@@ -366,7 +368,8 @@ def sweeps(out, bases):
         for name in ("", *names):
             found = []
             for s, b in bases.items():
-                run, home, at = (f"{s}-{name}", f"{b}-{name}", f"{s}-{name}") if name in parts[next(iter(parts))] else (f"{s}-{name}".rstrip("-"), b, s)
+                run = f"{s}-{name}".rstrip("-")
+                home, at = (f"{b}-{name}", run) if name in BASES else (f"{b}-long", run) if name.startswith("long") else (b, s)
                 found.append((measured(home, "instruct", at, "base" if s != b else "instruct"),
                               *(measured(run, stage, run, stage) for stage in ("sft", "dpo"))))
             some = [kinds for kinds in found if all(metrics[-1] in kind for kind in kinds)]
