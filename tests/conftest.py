@@ -1,11 +1,14 @@
 """Shared by the tests: the repository on the path, a tokenizer, small random models, and a way to run the program."""
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-import torch.distributed as dist
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # the tests' processes share the cores: more threads only wait
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source train.sh setup
 python -m pip install --quiet -r tests/requirements.txt
-OMP_NUM_THREADS=1 python -m pytest tests -n 2 --dist loadfile "$@"
+python -m pytest tests -n 2 --dist loadfile "$@"
