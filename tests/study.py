@@ -101,7 +101,8 @@ def plan(bases, number, grid, sweeps, samples):
             sweep(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // BATCH)
         for name, options in SETTINGS.items():
             sweep(f"{s}-{name}", b, s, *options)
-    for b in [b for b in number if b not in bases] if sweeps else ():   # more base models, most for their maps alone
+    for b in dict.fromkeys([*bases.values(), *(b for b in number if b not in bases)]) if sweeps else ():
+        # more base models, most for their maps alone
         chain(b, b)
         maps(b, b)
         chain(f"{b}-long", b, longer=LONG)
@@ -351,7 +352,8 @@ def knowledge(out):
 
 
 def sweeps(out, bases):
-    """Figures 2 to 6 in small, and one departure from the defaults at a time, paired by seed."""
+    """Figures 2 to 6 in small, and one departure from the defaults at a time, paired by seed, or by base model where that is
+    another one."""
     parts = {"1. and 5. Size of the encoder and of the LLM head": [*BASES],
              "Base models of twice the instruct steps": ["long", "long-clean-16k"],
              "2. and 3. Number of samples": [f"n{n}" for n in SAMPLES],
@@ -362,24 +364,28 @@ def sweeps(out, bases):
         row = (read(out / probed_in / "probe/results.json") or {}).get("probes", {}).get(label)
         return answers(out / run / stage) | (probed(row) if row else {})
 
-    text = []
+    text, usual = [], {}
     for title, names in parts.items():
         rows = []
         for name in ("", *names):
-            found = []
+            some = {}
             for s, b in bases.items():
                 run = f"{s}-{name}".rstrip("-")
                 home, at = (f"{b}-{name}", run) if name in BASES else (f"{b}-long", run) if name.startswith("long") else (b, s)
-                found.append((measured(home, "instruct", at, "base" if s != b else "instruct"),
-                              *(measured(run, stage, run, stage) for stage in ("sft", "dpo"))))
-            some = [kinds for kinds in found if all(metrics[-1] in kind for kind in kinds)]
-            for row, kind in zip(("base", "SFT", "DPO"), zip(*some)):
+                kinds = (measured(home, "instruct", at, "base" if s != b else "instruct"),
+                         *(measured(run, stage, run, stage) for stage in ("sft", "dpo")))
+                some |= {s: kinds} if all(metrics[-1] in kind for kind in kinds) else {}
+            usual = usual or some
+            for row, kind in zip(("base", "SFT", "DPO"), zip(*some.values())):
                 rows.append([name or "defaults", row, len(some), *(f"{np.mean([k[m] for k in kind]):.3f}" for m in metrics)])
-            for a, at in (("base", 0), ("SFT", 1)) if some else ():
-                gaps = [interval([k[2][m] - k[at][m] for k in some])[:2] for m in metrics]
-                rows.append(["", f"DPO - {a}", "", *(f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in gaps)])
+            for what, at in (("DPO - base", 0), ("DPO - SFT", 1), ("DPO - the defaults' DPO", 2)):
+                gaps = {s: [k[2][m] - (usual[s] if at == 2 else k)[at][m] for m in metrics] for s, k in some.items()}
+                if at == 2 and home != b:           # other base models: what differs is between them, so that they count, not seeds
+                    gaps = {b: np.mean([gaps[s] for s in gaps if bases[s] == b], 0) for b in {bases[s]: 0 for s in gaps}}
+                found = [interval(column)[:2] for column in zip(*gaps.values())] if name or at < 2 else []
+                rows += [["", what, len(gaps), *(f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in found)]] if found else []
         if len(rows) > 5:
-            text.append(f"## {title}\n\n" + markdown(["run", "method", "seeds", *metrics], rows))
+            text.append(f"## {title}\n\n" + markdown(["run", "method", "n", *metrics], rows))
     return text
 
 

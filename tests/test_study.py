@@ -25,9 +25,11 @@ def test_every_job_waits_for_jobs_that_there_are():
         jobs = study.plan(*study.runs_of(100, 5, None), grid, sweeps, 4096)
         assert all(need in jobs for _, after in jobs.values() for need in after)
         assert len({s for s in (o[3] for o, _ in jobs.values())}) == 5          # five seeds, two of them with a base
-        ends = [name for name in jobs if name.startswith("base-")]              # sweeps: sizes, and all five for the maps
+        ends = [name for name in jobs if name.startswith("base-")]              # sweeps: sizes, and all five, twice, for the maps
         for stage, some in (("/instruct", True), ("/gradients", not grid)):
-            assert sum(name.endswith(stage) for name in ends) == some * (2 + 3 * bool(sweeps) + 4 * min(2, sweeps))
+            assert sum(name.endswith(stage) for name in ends) == some * (2 + 8 * bool(sweeps) + 4 * min(2, sweeps))
+    jobs = study.plan(*study.runs_of(0, 1, "toy"), False, 1, 4096)
+    assert "toy-long/sft" in jobs and all(need in jobs for _, after in jobs.values() for need in after)
 
 
 def test_the_study_at_toy_length(tmp_path):
@@ -85,3 +87,35 @@ def test_knowledge_finds_a_slope_between_base_models_within_details(tmp_path):
     text = (tmp_path / "report.md").read_text()
     mean, half, _ = study.interval([1.1 - b / 20 for b in range(5)])
     assert study.knowledge(tmp_path) in text and f"{mean:.2f} +- {half:.2f}" in text and "| lift, object, free  | 1.000" in text
+
+
+def test_sweeps_pair_by_seed_and_what_has_another_base_model_by_base_model(tmp_path):
+    """Of 1,000 questions so many are answered right as it says; encoders are a tenth of that."""
+    def write(run, stage, right, probed=()):
+        folder, table = tmp_path / run / stage, {
+            c: [1000, right, 0, 1, c, c] for c in ("general", "knowledge", "ocr", "vision", "exist", "fact")}
+        folder.mkdir(parents=True)
+        found = {"results": {"questions": table, "pairs": [["", "", 1, 0]]}}
+        cells = {name: {"right": right, "n": 10_000} for name in ("shape", "color", "size", "texture", "letter", "tilt", "ground")}
+        row = {"linear": {"encoder, cell": cells}, "segmentation": {"recall": [right / 10_000], "f1": [0.]}}
+        (folder / "results.json").write_text(json.dumps(found))
+        (tmp_path / run / "probe").mkdir(exist_ok=True)
+        rows = study.read(tmp_path / run / "probe/results.json") or {"probes": {}}
+        for label in (stage, *probed):
+            rows["probes"][label] = row
+        (tmp_path / run / "probe/results.json").write_text(json.dumps(rows))
+
+    bases, number = study.runs_of(0, 5, None)
+    for i, b in enumerate(("base-0", "base-1")):
+        write(b, "instruct", 500 + 10 * i)
+        write(f"{b}-llm-small", "instruct", 300)
+    for s, b in bases.items():
+        for ending, right in (("", 600), ("-n512", 550), ("-llm-small", 400 + 50 * (b == "base-1"))):
+            write(s + ending, "sft", right, ["base"])
+            write(s + ending, "dpo", right + 10 * int(s))
+    sizes, samples = study.sweeps(tmp_path, bases)
+    mean, half, _ = study.interval([.01 * s for s in range(5)])
+    assert f"| DPO - SFT               | 5 | {mean:+.3f} +- {half:.3f}" in samples
+    assert "| DPO - the defaults' DPO | 5 | -0.050 +- 0.000" in samples                # by seed: all alike
+    mean, half, _ = study.interval([-.2, -.15])                                       # by base model: two
+    assert f"| DPO - the defaults' DPO | 2 | {mean:+.3f} +- {half:.3f}" in sizes and f"{mean / 10:+.3f} +- {half / 10:.3f}" in sizes
