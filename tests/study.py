@@ -295,10 +295,14 @@ the base model's own; free, the preferences', a pair alike; apart, a pair's two 
 """
 
 
-def gradients(out, bases):
-    """Finding 4, gradient maps of the base models: lift by kind of answer, in every wording, and by detail; a base model
-    counts once. Returns markdown and {kind of answer: (mean of DPO's lift over SFT's, half of its interval)}."""
-    homes = {b: found["gradients"] for b in bases if (found := read(out / b / "gradients" / "results.json"))}
+def gradients(out, bases, endings):
+    """Finding 4, gradient maps of the base models: lift by kind of answer, in every wording, and by detail. endings: of the
+    names of base models; those of a seed count once. Returns markdown and {kind of answer: (mean of DPO's lift over SFT's,
+    half of its interval)}; nothing if a map is missing."""
+    homes = {b: [read(out / f"{b}{e}" / "gradients" / "results.json") for e in endings] for b in bases}
+    homes = {b: [row for part in found for row in part["gradients"]] for b, found in homes.items() if all(found)}
+    if not homes:
+        return "", {}
     groups = [("", wording, "answer") for wording in ("free", "terse", "apart")] + [("detail: ", "terse", "detail")]
     rows, maps, ratio = [], ("sft", "dpo", "sft, differing tokens", "rejected"), {}
     for title, wording, key in groups:
@@ -313,7 +317,7 @@ def gradients(out, bases):
             ratio[name] = ratios[0]
             rows.append([name, *(f"{sum(c) / len(c):.2f}" for c in zip(*lifts)),
                          *(f"{mean:.2f}" + (f" +- {half:.2f}" if half == half else "") for mean, half in ratios)])
-    return markdown([f"{len(homes)} base models", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT",
+    return markdown([f"{len(homes) * len(endings)} base models", *(f"lift {m}" for m in maps), *(f"hit {m}" for m in maps), "DPO / SFT",
                      "differing tokens / SFT"], rows), ratio
 
 
@@ -437,21 +441,16 @@ def report(out, bases, number, grid, file):
             pages = sorted((out / home / "probe").glob("segmentation-*.png")) if metrics[0].startswith("segm") else []
             text += [f"![{page.stem}]({os.path.relpath(page, file.parent)})" for page in pages]
             overview.append([title, *key[:2], *key[3:6], "" if claim.startswith(CONTROL) else agrees])
-    for ending in ("", "-long"):
-        homes = [f"{b}{ending}" for b in number if (out / f"{b}{ending}" / "gradients" / "results.json").exists()]
-        if not homes:
-            continue
-        lifts, ratio = gradients(out, homes)
-        title = "4. Where the gradient goes" + (", base models of twice the instruct steps" if ending else "")
-        for name in (f"{kind}, {wording}" for kind in ("object", "scene") for wording in ("terse", "free", "apart")):
+    for title, endings in (("", [""]), (", base models of twice the instruct steps", ["-long"]), (", both", ["", "-long"])):
+        lifts, ratio = gradients(out, number, endings)
+        for name in (f"{kind}, {wording}" for kind in ("object", "scene") for wording in ("terse", "free", "apart")) if lifts else ():
             mean, half = ratio[name]
             agrees = "agrees" if mean - half > 1 else "contradicts" if mean + half < 1 else "undecided"
-            overview.append([title, "DPO / SFT", f"lift, {name}", f"{mean:.3f}",
+            overview.append([f"4. Where the gradient goes{title}", "DPO / SFT", f"lift, {name}", f"{mean:.3f}",
                              *((f"{half:.3f}", "", agrees) if half == half else ("", "", "one seed"))])
-        text.append(f"## {title}\n\n" + LIFT * (not ending) + lifts)
-        if not ending:
-            text += [f"![gradient maps, {kind}]({os.path.relpath(out / homes[0] / 'gradients', file.parent)}/gradients-{kind}.png)"
-                     for kind in ("one-word", "object", "scene")]
+        text += [f"## 4. Where the gradient goes{title}\n\n" + LIFT * (not title) + lifts] if lifts else []
+    pictures = next((at for b in number if (at := out / b / "gradients").exists()), out)
+    text += [f"![gradient maps, {page.stem}]({os.path.relpath(page, file.parent)})" for page in sorted(pictures.glob("gradients-*.png"))]
     text += [seen] if (seen := knowledge(out)) else []
     text.insert(1, "## In one table\n\nDoes our world agree with the paper's claim?\n\n" + markdown(
         ["finding", "difference", "measure", "mean", "95% +-", "detectable", "paper"], overview))
