@@ -395,16 +395,17 @@ class Steps(torch.utils.data.Dataset):
         everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
         for start in range(0, self.share, self.micro):
             mine = everyone[self.rank::self.world][start:start + self.micro]
+            index = mine or everyone[:1]
 
             def batch(index):
                 return self.prepare([self.data[i] for i in index], index, dummy=not mine)
 
             try:
-                batches.append(batch(mine or everyone[:1]))
+                batches.append(batch(index))
             except BadInput:
                 if not self.skipped:
                     raise
-                batches.append(batch([self.good(i) for i in mine or everyone[:1]]))
+                batches.append(batch([self.good(i) for i in index]))
         return batches
 
 

@@ -101,9 +101,8 @@ def plan(bases, number, grid, sweeps, samples):
             sweep(f"{s}-n{n}", b, s, "--samples", n, "--steps", n // BATCH)
         for name, options in SETTINGS.items():
             sweep(f"{s}-{name}", b, s, *options)
-    for b in dict.fromkeys([*bases.values(), *(b for b in number if b not in bases)]) if sweeps else ():
-        # more base models, most for their maps alone
-        chain(b, b)
+    for b in [b for b in number if b not in bases or b in bases.values()] if sweeps else ():
+        chain(b, b)                                     # more base models, most for their maps alone
         maps(b, b)
         chain(f"{b}-long", b, longer=LONG)
         maps(f"{b}-long", b)
@@ -349,8 +348,8 @@ def knowledge(out):
     without = np.array([slope(seeds != seed) for seed in dict.fromkeys(seeds)])
     n = len(without)
     half = T[min(n, len(T)) - 1] * ((n - 1) / n * ((without - without.mean()) ** 2).sum()) ** .5
-    return ("What decides: does the base model see the detail already? Right answers above the constant answer's share, and DPO's "
-            "lift over SFT's (descriptions,\nterse), by base model and detail:\n\n" + markdown(["base model", *details], rows) +
+    return ("Does DPO's gradient find what the base model already sees? Right answers above the constant answer's share, and "
+            "DPO's lift over SFT's (descriptions,\nterse), by base model and detail:\n\n" + markdown(["base model", *details], rows) +
             f"\n\nWithin a detail, between base models: {slope(seeds != ''):+.2f} +- {half:.2f} in log(lift ratio) for "
             "each 1.00 of accuracy (least squares, jackknife over seeds).")
 
@@ -368,28 +367,35 @@ def sweeps(out, bases):
         row = (read(out / probed_in / "probe/results.json") or {}).get("probes", {}).get(label)
         return answers(out / run / stage) | (probed(row) if row else {})
 
-    text, usual = [], {}
+    def rows_of(name, some):
+        """Means of base, SFT and DPO, and differences, each {seed or base model: a value for each of the metrics}."""
+        rows = [[name or "defaults", row, len(some), *(f"{np.mean([k[m] for k in kind]):.3f}" for m in metrics)]
+                for row, kind in zip(("base", "SFT", "DPO"), zip(*some.values()))]
+        gaps = {f"DPO - {a}": {s: [k[2][m] - k[at][m] for m in metrics] for s, k in some.items()}
+                for at, a in enumerate(("base", "SFT"))}
+        against = {s: [k[2][m] - usual[s][2][m] for m in metrics] for s, k in some.items() if name and s in usual}
+        if name in bases_of:                            # what differs is between base models, so that they count, not seeds
+            against = {b: np.mean([against[s] for s in against if bases[s] == b], 0) for b in {bases[s]: 0 for s in against}}
+        for what, found in {**gaps, "DPO - the defaults' DPO": against}.items():
+            cells = [interval(column)[:2] for column in zip(*found.values())]
+            rows += [["", what, len(found), *(f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in cells)]] if found else []
+        return rows
+
+    bases_of = {**{name: f"-{name}" for name in BASES}, "long": "-long", "long-clean-16k": "-long"}    # not the defaults'
+    complete = {}                                       # {name: {seed: (base's, SFT's, DPO's metrics)}}
+    for name in ("", *(name for names in parts.values() for name in names)):
+        for s, b in bases.items():
+            run = f"{s}-{name}".rstrip("-")
+            at, home = (run if name in bases_of else s), b + bases_of.get(name, "")
+            kinds = (measured(home, "instruct", at, "base" if s != b else "instruct"),
+                     *(measured(run, stage, run, stage) for stage in ("sft", "dpo")))
+            if all(metrics[-1] in kind for kind in kinds):
+                complete.setdefault(name, {})[s] = kinds
+    usual, text = complete.get("", {}), []
     for title, names in parts.items():
-        rows = []
-        for name in ("", *names):
-            some = {}
-            for s, b in bases.items():
-                run = f"{s}-{name}".rstrip("-")
-                home, at = (f"{b}-{name}", run) if name in BASES else (f"{b}-long", run) if name.startswith("long") else (b, s)
-                kinds = (measured(home, "instruct", at, "base" if s != b else "instruct"),
-                         *(measured(run, stage, run, stage) for stage in ("sft", "dpo")))
-                some |= {s: kinds} if all(metrics[-1] in kind for kind in kinds) else {}
-            usual = usual or some
-            for row, kind in zip(("base", "SFT", "DPO"), zip(*some.values())):
-                rows.append([name or "defaults", row, len(some), *(f"{np.mean([k[m] for k in kind]):.3f}" for m in metrics)])
-            for what, at in (("DPO - base", 0), ("DPO - SFT", 1), ("DPO - the defaults' DPO", 2)):
-                gaps = {s: [k[2][m] - (usual[s] if at == 2 else k)[at][m] for m in metrics] for s, k in some.items()}
-                if at == 2 and home != b:           # other base models: what differs is between them, so that they count, not seeds
-                    gaps = {b: np.mean([gaps[s] for s in gaps if bases[s] == b], 0) for b in {bases[s]: 0 for s in gaps}}
-                found = [interval(column)[:2] for column in zip(*gaps.values())] if name or at < 2 else []
-                rows += [["", what, len(gaps), *(f"{m:+.3f}" + (f" +- {h:.3f}" if h == h else "") for m, h in found)]] if found else []
-        if len(rows) > 5:
-            text.append(f"## {title}\n\n" + markdown(["run", "method", "n", *metrics], rows))
+        rows = [row for name in names if name in complete for row in rows_of(name, complete[name])]
+        if rows:
+            text.append(f"## {title}\n\n" + markdown(["run", "method", "n", *metrics], rows_of("", usual) + rows))
     return text
 
 
