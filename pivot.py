@@ -477,6 +477,8 @@ def train(s, objective, folder, model, steps, held_out, references, device):
             with torch.no_grad():
                 line["held_out"] = total([forward(batch, references[1])[1] for k in
                                           range(len(held_out)) for batch in held_out[k]])[0]
+            if isinstance(model, FSDPModule):       # the root waits for a backward pass: none comes
+                model.reshard()
         if first():
             with writing(log), open(log, "a") as f:
                 f.write(json.dumps(line) + "\n")

@@ -59,14 +59,16 @@ def from_folders(base):
 
 
 def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, stop=0, resume="", trains="all",
-        dtype="float32", reference="live", base="", **options):
+        dtype="float32", base="", held="", **options):
     """Train by pivot.train as a stage does. Leaves FOLDER/NAME.pt: log, first step's gradients, trained weights, and
-    for a resumed run what was read back. base: sharded before its weights are read from FOLDER/BASE."""
+    for a resumed run what was read back. base: sharded before its weights are read from FOLDER/BASE. held: look at
+    held-out samples every other step, also in those that save."""
     samples, tokenizer = [data.World("preferences", "probe", 14)[i] for i in range(14)], data.Tokenizer(tokens)
     for i in data.shuffled(0, BATCH, 14, 0)[1::2]:          # of two ranks the second sees no picture in the first step
         samples[i].image = None
     s = pivot.resolve(pivot.Settings("dpo", preset="toy", batch=BATCH, micro_batch=int(micro), optimizer=optimizer, lr=1e-3,
-                                     encoder_lr=1e-3, dtype=dtype, steps=STEPS, **{k: bool(v) for k, v in options.items()}))
+                                     encoder_lr=1e-3, dtype=dtype, steps=STEPS, eval_every=2 if held else 0,
+                                     **{k: bool(v) for k, v in options.items()}))
     net, shares = from_folders(Path(folder) / base) if base else (make_net(len(tokenizer)), {})
     row = replace(pivot.WORLD["dpo"], trains=pivot.ALL if trains == "all" else (trains,))
     pivot.freeze(net, row)
@@ -113,7 +115,7 @@ def job(folder, tokens, name, objective="sft", optimizer="adamw", micro=BATCH, s
         net = m.read_weights(pivot.shard(net, s))
         assert list(net.state_dict()) == names and bool(shares) == bool(base)
         assert all(rows <= math.ceil(whole / dist.get_world_size()) for rows, whole in shares.values()), shares
-        pivot.train(s, loss_of, home, net, steps, None, (live, None), torch.device("cpu"))
+        pivot.train(s, loss_of, home, net, steps, held and steps, (live, live), torch.device("cpu"))
     except pivot.Stopped:
         assert stop
     finally:
@@ -176,7 +178,8 @@ def done(tmp_path_factory):
     launch(1, folder, tokens, *jobs("one", BATCH), *jobs("parts", 2))
     launch(2, folder, tokens, *jobs("two", 3), *jobs("cut", 3, stop=1)[1:], *resumed("again2"),
            dict(name="bf16-two", objective="dpo", dtype="bfloat16", micro=3), dict(name="align-two", trains="projector"),
-           dict(name="kept-two", objective="dpo", micro=3, checkpointing=1), *jobs("read2", 3, base="base")[1:2])
+           dict(name="kept-two", objective="dpo", micro=3, checkpointing=1), *jobs("read2", 3, base="base")[1:2],
+           *jobs("held", 3, held=1)[1:2])
     launch(3, folder, tokens, *jobs("three", 2), *resumed("again3"), *jobs("read3", 2, base="base")[1:2])
     launch(1, folder, tokens, *resumed("again1"), dict(name="bf16-one", objective="dpo", dtype="bfloat16", micro=3),
            dict(name="align-one", trains="projector"), dict(name="kept-one", objective="dpo", checkpointing=1))
@@ -217,6 +220,12 @@ def test_read_in_parts_is_the_same_run(done, processes, whole):
     """Sharded on the meta device, each process reading its rows only, which job checks: not a bit is another."""
     whole, parts = done[f"dpo-adamw-{whole}"], done[f"dpo-adamw-read{processes}"]
     assert all(torch.equal(v, parts[part][k]) for part in ("gradient", "weights") for k, v in whole[part].items())
+
+
+def test_looking_at_held_out_samples_changes_nothing(done):
+    whole, held = done["dpo-adamw-two"], done["dpo-adamw-held"]
+    assert all(torch.equal(v, held[part][k]) for part in ("gradient", "saved", "weights") for k, v in whole[part].items())
+    assert ["held_out" in line for line in held["log"]] == [False, True] * (STEPS // 2)
 
 
 def test_frozen_parts_are_sharded_and_stay(done):
