@@ -9,11 +9,13 @@ Those that a stage needs and that are not there yet are run first. pivot-align -
 encoder that --encoder names, frozen, under a fresh projector and LLM.
 """
 import argparse
+import datetime
 import functools
 import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -43,7 +45,8 @@ from sft import sft_objective
 
 
 def contrastive_objective(model, batch):
-    """SigLIP's loss: -log sigmoid(z * logit), z = 1 for a picture and its caption, else -1."""
+    """SigLIP's loss: -log sigmoid(z * logit), z = 1 for a picture and its caption, else -1. The
+    wrong captions are the micro-batch's: only here the split of a batch matters."""
     logits = model(batch)
     own = torch.eye(len(batch), device=logits.device)
     hits = (logits.argmax(1) == own.argmax(1)).float().sum()
@@ -187,7 +190,7 @@ def resolve(s):
     s = replace(s, name=s.name or s.preset, base=s.base or s.preset, workers=workers)
     if s.dtype == "auto":
         cuda = torch.cuda.is_available()
-        bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+        bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
         s = replace(s, dtype="bfloat16" if bf16 else "float32")
     if s.stage in ("probe", "gradients") and dist.get_world_size() > 1:
         raise BadInput(f"--stage {s.stage}: one process does it; give torchrun no more")
@@ -210,7 +213,8 @@ def setup():
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    dist.init_process_group("nccl" if cuda else "gloo", **alone)
+    hours = datetime.timedelta(hours=2)     # the others wait while the first one writes and hashes
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=hours, **alone)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
@@ -379,10 +383,11 @@ def meter(sums, seconds, waited, device):
     utilisation (mfu) against the datasheet's dense bf16 peak; waiting: share of time for data."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else ""
-    peak = next((v for k, v in PEAK.items() if k in name), None)
+    peak = next((v for k, v in PEAK.items() if k in re.split(r"\W", name)), None)
     rate = sums["flops"] / seconds / dist.get_world_size()
+    unit = 1 if sys.platform == "darwin" else 1024          # of maxrss, bytes
     memory = (torch.cuda.max_memory_allocated() if cuda else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     return {"samples_per_s": sums["samples"] / seconds, "tokens_per_s": sums["tokens"] / seconds,
             "flops": sums["flops"], "tflops": rate / 1e12, **({"mfu": rate / peak} if peak else {}),
             "peak_gb": memory / 2 ** 30, "waiting": waited / seconds}
@@ -630,15 +635,20 @@ def run_stage(s, device):
         must_be_pairs(dataset, held_out)
     if s.eval_every and not held_out:
         raise BadInput("--eval-every: needs held-out samples; name a file with --eval-data")
+    questions = s.questions and data.Records(s.questions, s.image_root)
     prepare = preparation(s, row, parts, dataset, folder)
     tokenizer, encoder = prepare.tokenizer, prepare.encoder
     settings["inputs"] = {"data": dataset.fingerprint(), "tokenizer": hash_file(tokenizer.file),
                           **{part: hash_weights(at) for part, at in parts.items()}}
     settings["template"] = prepare.template
     if same_or_refuse(folder, settings):
-        say((folder / "report.md").read_text())
         export(s, folder)
-        return say(f"{folder}: done before with the same settings and inputs, nothing to do")
+        text, asked = (folder / "report.md").read_text(), fingerprints(held_out, questions)
+        if asked in ([], read_settings(folder).get("measured")):
+            say(text)
+            return say(f"{folder}: done before with the same settings and inputs, nothing to do")
+        report = [text.partition("\n\nHeld-out ")[0].strip()]     # the same model, other tables
+        return conclude(s, folder, report, settings, parts, held_out, questions, prepare, device)
     if first():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", settings)
@@ -717,11 +727,22 @@ def run_stage(s, device):
         del before, after
     dist.barrier()
     del model, references
+    conclude(s, folder, report, settings, parts, pairs, questions, prepare, device)
+
+
+def fingerprints(*datasets):
+    """Of those that are a user's files."""
+    return [d.fingerprint() for d in datasets if isinstance(d, data.Records)]
+
+
+def conclude(s, folder, report, settings, parts, pairs, questions, prepare, device):
+    """Add tables to the report on what the stage left, and mark it as finished."""
+    known = fingerprints(pairs, questions)
     if s.stage in ("instruct", "sft", "dpo", "pivot"):
-        report += measure(s, folder, parts, pairs, prepare, device)
+        report += measure(s, folder, parts, pairs, questions, prepare, device)
     if first():
         (folder / "report.md").write_text("\n\n".join(report) + "\n")
-        write_json(folder / "settings.json", settings | {"finished": True})
+        write_json(folder / "settings.json", settings | {"finished": True, "measured": known})
     dist.barrier()
     say("\n\n".join(report) + f"\n\n{folder}: done")
 
@@ -757,10 +778,9 @@ def on_policy(s, start, dataset, prepare, settings, device):
     return {int(i): tuple(pair) for i, pair in pairs.items()}
 
 
-def measure(s, folder, parts, pairs, prepare, device):
+def measure(s, folder, parts, pairs, questions, prepare, device):
     """Tables of the model that the stage left, beside the one that it started from: questions and
-    pairs about the world's held-out scenes, or a user's held-out pairs."""
-    questions = s.questions and data.Records(s.questions, s.image_root)
+    pairs about the world's held-out scenes, or a user's held-out pairs and questions."""
     if not s.data:
         pairs = None if s.stage == "pivot" else data.World("preferences", s.split,
                                                            4 * s.eval_scenes)
@@ -771,7 +791,9 @@ def measure(s, folder, parts, pairs, prepare, device):
     if not pairs and not questions:
         return []
     setup = {k: getattr(s, k) for k in ("split", "max_length", "select_layer", "dtype",
-                                        "eval_scenes")} | {"template": prepare.template}
+                                        "eval_scenes")}
+    setup |= {"template": prepare.template, "image_size": prepare.encoder.image_size,
+              "questions": fingerprints(questions)}
 
     def evaluated(parts, *loading):
         model = load_model(*(parts[part] for part in ALL), s.select_layer, s.seed, *loading)
@@ -913,9 +935,11 @@ def main(argv=None):
              s.stage, run_stage))(s, device)
     except (BadInput, Stopped, KeyboardInterrupt) as error:
         print(f"pivot: {str(error) or 'interrupted; the same command goes on'}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, BadInput) else 143)
-    finally:
-        dist.destroy_process_group()
+        status = 1 if isinstance(error, BadInput) else 143
+        if dist.get_world_size() > 1:       # the others may wait for this rank: leave, don't join
+            os._exit(status)
+        sys.exit(status)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,25 @@ def test_the_second_time_there_is_nothing_to_do(toy):
     assert weights(runs) == before and time.time() - start < 60
 
 
+def test_other_questions_are_asked_of_the_finished_model(toy, tmp_path):
+    """Nothing trains again, the base answers them, too; asked once."""
+    runs, _ = toy
+    before, file = weights(runs), tmp_path / "questions.jsonl"
+    for color in ("red", "blue"):
+        Image.new("RGB", (20, 16), color).save(tmp_path / f"{color}.png")
+    file.write_text("".join(json.dumps({"image": f"{c}.png", "question": "what color", "answers": [c], "category": "mine"})
+                            + "\n" for c in ("red", "blue")))
+    options = ["--stage", "dpo", *TOY, "--runs", runs, "--questions", file]
+    done = run(*options)
+    assert "| mine " in done.stdout and "exist" not in done.stdout and "relative change" in done.stdout
+    assert done.stdout.count("Held-out") == 2 and weights(runs) == before
+    assert "nothing to do" in run(*options).stdout
+    assert "| mine " in run("--stage", "dpo", *TOY, "--runs", runs).stdout          # nothing new is asked
+    file.write_text(file.read_text().replace("mine", "yours"))
+    again = run(*options)
+    assert "| yours " in again.stdout and "| mine " not in again.stdout and "nothing to do" not in again.stdout
+
+
 def test_frozen_parts_stay_bit_identical(toy):
     runs, _ = toy
     runs /= "toy"
