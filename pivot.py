@@ -69,6 +69,7 @@ class Stage:
     encoder_lr: float
     optimizer: str      # muon: Muon for matrices in the blocks (lr), AdamW for the rest (lr / 10)
     epochs: float = 0   # passes over the data, instead of steps
+    checkpointing: bool = False
 
 
 ALL = ("encoder", "projector", "llm")
@@ -86,12 +87,13 @@ WORLD = {
                    "muon"),
 }
 PAPER = {   # the appendix's hyper-parameters; every stage takes its data from --data
-    "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),
-    "instruct": Stage(("align",), ALL, "sft", "", 0, 0, 256, 1e-5, 2e-6, "adamw", 1),
-    "sft": Stage(("instruct",), ALL, "sft", "", 0, 0, 256, 5e-6, 5e-6, "adamw", 3),
-    "dpo": Stage(("instruct",), ALL, "dpo", "", 0, 0, 256, 1e-6, 1e-6, "adamw", 3),
-    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1),
-    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "", 0, 0, 256, 1e-5, 2e-6, "adamw", 1),
+    "align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1, True),
+    "instruct": Stage(("align",), ALL, "sft", "", 0, 0, 256, 1e-5, 2e-6, "adamw", 1, True),
+    "sft": Stage(("instruct",), ALL, "sft", "", 0, 0, 256, 5e-6, 5e-6, "adamw", 3, True),
+    "dpo": Stage(("instruct",), ALL, "dpo", "", 0, 0, 256, 1e-6, 1e-6, "adamw", 3, True),
+    "pivot-align": Stage(("encoder", "llm"), ALL[1:2], "sft", "", 0, 0, 256, 1e-3, 0, "adamw", 1,
+                         True),
+    "pivot": Stage(("pivot-align",), ALL[1:], "sft", "", 0, 0, 256, 1e-5, 2e-6, "adamw", 1, True),
 }
 PRESETS = {"world": WORLD, "paper": PAPER,
            "toy": {k: replace(row, samples=64, steps=4, batch=8) for k, row in WORLD.items()}}
@@ -154,7 +156,7 @@ class Settings:
     select_layer: int = option(-2, "layer that the projector sees, as in LLaVA; 0: run them all")
     dtype: str = option("auto", "compute in; auto: bfloat16 where the machine has it", [
         "auto", "bfloat16", "float32"])
-    checkpointing: bool = option(False, "keep only the inputs of blocks: slower, smaller")
+    checkpointing: bool = option(None, "keep only the inputs of blocks: slower, smaller")
     compile: bool = option(False, "torch.compile every transformer block")
     attention: str = option("auto", "auto: bf16 on CUDA: FlexAttention, or causal flash attention "
                             "where that is enough; sdpa: dense masks", ["auto", "sdpa"])
@@ -190,14 +192,18 @@ def resolve(s):
     s = replace(s, name=s.name or s.preset, base=s.base or s.preset, workers=workers)
     if s.dtype == "auto":
         cuda = torch.cuda.is_available()
-        bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        bf16 = (torch.cuda.is_bf16_supported(False) if cuda else        # not merely emulated
+                torch.cpu._is_avx512_bf16_supported())
         s = replace(s, dtype="bfloat16" if bf16 else "float32")
     if s.stage in ("probe", "gradients") and dist.get_world_size() > 1:
         raise BadInput(f"--stage {s.stage}: one process does it; give torchrun no more")
-    if s.stage in ("chat", "probe", "gradients"):
+    if (s.take or s.max_prompt_chosen) and not s.data:
+        raise BadInput("--take, --max-prompt-chosen: of which file? name it with --data")
+    if s.stage in ("chat", "probe", "gradients") and not s.dry_run:
         return s
     if s.stage not in PRESETS[s.preset]:
-        raise BadInput(f"--stage {s.stage}: preset {s.preset} has no such stage")
+        raise BadInput(f"--stage {s.stage}: preset {s.preset} has no such stage" +
+                       " with a price" * s.dry_run)
     row = asdict(PRESETS[s.preset][s.stage])
     if s.steps:
         s = replace(s, epochs=s.epochs or 0.)           # asked for in steps, not in epochs
@@ -537,8 +543,8 @@ def training_data(s, row):
     """What a stage trains on: the user's file, or the world."""
     if s.data and not row.needs:
         raise BadInput(f"--data: stage {s.stage} knows the embedded world only")
-    if not s.data and (not row.content or s.take or s.max_prompt_chosen):
-        raise BadInput(f"--data: stage {s.stage} with these options needs a file of samples")
+    if not s.data and not row.content:
+        raise BadInput(f"--data: stage {s.stage} of preset {s.preset} needs a file of samples")
     if s.data:
         return data.Records(s.data, s.image_root, s.on_bad_sample == "skip")
     split = s.stage if row.content != "preferences" else "preferences"      # sft and dpo share it
@@ -576,12 +582,21 @@ def preparation(s, row, parts, dataset, folder):
     return prepare
 
 
+def kept(c, layers, checkpointing=False):
+    """Bytes of activations that layers keep of a token for the backward pass: of each fp32 channel
+    of the residuals the input alone, or all that a layer keeps (one at a time is computed again).
+    Channels count 24 (LLM: 31) bytes, those of the MLP 4 (8): tests/test_pivot.py measures them."""
+    width, inner = (31, 8) if isinstance(c, LLMConfig) else (24, 4)
+    layer = width * c.hidden_size + inner * c.intermediate_size
+    return 4 * c.hidden_size * layers + layer if checkpointing else layer * layers
+
+
 def dry_run(s, device):
     """--dry-run: the price of a stage from its configs and 200 of its samples; nothing is trained.
 
     Memory per GPU: weights, gradients and AdamW's moments in fp32 (16 bytes a trained parameter, 4
-    a frozen one), sharded, and 34 bytes per token, width and layer for activations (Korthikanti et
-    al. 2022; with --checkpointing 2, and one whole layer)."""
+    a frozen one), sharded; and what layers keep of a token in bf16, where attention keeps no
+    scores: see `kept`."""
     row, parts = stage_row(s), inputs(s, device, dry=True)
     if not parts:
         raise BadInput(f"--dry-run: stage {s.stage} starts from nothing, see the others")
@@ -606,9 +621,8 @@ def dry_run(s, device):
     tokens = sum(len(r.tokens) for r, _ in rows) / len(rows)
     state = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / s.gpus
     micro, layers = min(s.micro_batch, math.ceil(s.batch / s.gpus)), len(model.encoder.used())
-    kept = (lambda depth: 2 * depth + 34) if s.checkpointing else (lambda depth: 34 * depth)
-    activations = micro * (encoder.tokens * encoder.hidden_size * kept(layers) +
-                           tokens * llm.hidden_size * kept(llm.num_hidden_layers))
+    activations = micro * (encoder.tokens * kept(encoder, layers, s.checkpointing) +
+                           tokens * kept(llm, llm.num_hidden_layers, s.checkpointing))
     hours = flops / (PEAK["H100"] * s.utilisation) / 3600
     pretraining = 40e9 * probe.flops(model, [], 0, ("encoder",), 1)
     say(probe.markdown(
@@ -841,24 +855,27 @@ def run_gradients(s, device):
     of this seed, worded in three ways; or on --data's first ones (pictures: no region is known)."""
     folder, row = Path(s.runs) / s.name / "gradients", PRESETS[s.preset]["dpo"]
     parts = inputs(replace(s, stage="dpo"), device)
-    settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer", "beta",
-                                           "eval_scenes", "template", "data", "image_size")}
     given = s.data and data.Records(s.data, s.image_root)
     must_be_pairs(given)
+    prepare = preparation(s, row, parts, given, folder)
+    prepare.pack = False
+    settings = {k: getattr(s, k) for k in ("seed", "split", "errors", "select_layer", "beta",
+                                           "eval_scenes", "template", "image_size")}
     settings |= {"inputs": {part: hash_weights(at) for part, at in parts.items()} |
-                 ({"data": given.fingerprint()} if given else {})}
+                 {"data": given.fingerprint() if given else None}}
     if begin_alone(s, folder, settings):
         return
     model = load_model(*(parts[part] for part in ALL), s.select_layer, s.seed, s.image_size,
-                       s.encoder_config).to(device)
-    rows, kinds = [], [""] if given else ["one word", "object", "scene"]
+                       s.encoder_config).to(device).requires_grad_(False)
+    rows, kinds, most = [], [""] if given else ["one word", "object", "scene"], 5 * s.eval_scenes
     for wording in ["given"] if given else ["apart", "terse", "free"]:
-        pairs = given or data.World("preferences", s.split, 5 * s.eval_scenes, wording, s.errors,
+        pairs = given or data.World("preferences", s.split, most, wording, s.errors,
                                     first=s.seed * 1000)
-        prepare = preparation(s, row, parts, pairs, folder)
-        prepare.pack = False
-        samples = [pairs[i] for i in range(min(len(pairs), 5 * s.eval_scenes))]
-        maps, found = probe.gradient_maps(model, samples, prepare, device, s.beta)
+        samples = [x for i in range(min(len(pairs), most)) if (x := pairs[i]).image is not None]
+        if not samples:
+            raise BadInput(f"{s.data}: no picture in its first {most} samples")
+        maps, found = probe.gradient_maps(model, samples, prepare, device, s.beta,
+                                          s.micro_batch or (1 if given else 32))
         rows += [line | {"wording": wording} for line in found]
     for kind in kinds:
         shown = [r["sample"] for r in found if r["answer"] == kind][:3] if kind else range(
@@ -915,9 +932,9 @@ def arguments(argv=None):
         text = f.metadata["help"]
         if "(default" not in text:
             text += f" (default: {'see below' if f.default is None else f.default})"
-        kind = ({"action": "store_true"} if f.type is bool else
-                {"type": f.type, "default": f.default, "choices": f.metadata["choices"]})
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
+                {"type": f.type, "choices": f.metadata["choices"]})
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **kind)
     columns = [f.name for f in fields(Stage) if f.name not in ("needs", "trains")]
     parser.epilog = "the stages of preset world:\n\n" + probe.markdown(["stage", *columns], [
         [name, *(str(getattr(row, c)) for c in columns)] for name, row in WORLD.items()])

@@ -67,14 +67,14 @@ def paper(tmp_path_factory):
     return folder
 
 
-def train(folder, *options):
+def train(folder, *options, fails=False):
     command = ["bash", str(ROOT / "train.sh"), "paper", "--encoder", folder / "siglip", "--llm", folder / "qwen",
                "--captions", folder / "captions.json", "--instruct", folder / "instruct.json",
                "--preferences", folder / "pairs.jsonl", "--dtype", "float32", *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, env={
         **os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
         "LAUNCH": "python"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
@@ -83,6 +83,7 @@ def test_the_price_before_paying(paper):
     rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
     assert rows[0] == "stage" and rows[2:] == ["align", "instruct", "sft", "dpo", *["pivot-align", "pivot"] * 3]
     assert "GPU-hours in all" in out and not (paper / "runs").exists()
+    assert "GPU-hours" not in train(paper, "--dry-run", "--captions", paper / "absent.json", fails=True)
 
 
 def test_the_papers_recipe_end_to_end(paper):

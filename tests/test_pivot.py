@@ -13,6 +13,7 @@ from conftest import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
+import model as m
 import pivot
 
 TOY = ["--preset", "toy", "--dtype", "float32", "--eval-scenes", "2"]
@@ -330,3 +331,30 @@ def test_a_reused_projector_layer_stays_and_unfreezing_moves_the_encoder(toy):
         assert torch.equal(old["0.weight"], projector["0.weight"]) == (name == "reused")
         assert not torch.equal(old["2.weight"], projector["2.weight"])
         assert all(torch.equal(v, encoder[k]) for k, v in fresh.items()) == (name == "reused")
+
+
+@pytest.mark.parametrize("c", [m.EncoderConfig(96, 400, num_attention_heads=4), m.LLMConfig(
+    9, 96, 500, num_attention_heads=6, num_key_value_heads=1), m.LLMConfig(9, 80, 430, num_attention_heads=5)])
+def test_activations_are_what_a_layer_keeps(c, monkeypatch):
+    """dry_run's bytes against autograd's saved tensors in bf16, with an attention that keeps its inputs and output."""
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(context, q, k, v):
+            context.save_for_backward(q, k, v, out := q.clone())
+            return out
+
+    llm, x = isinstance(c, m.LLMConfig), torch.randn(1, 70, c.hidden_size, requires_grad=True)
+    monkeypatch.setattr(m, "attend", lambda q, k, v, *_, **__: Flash.apply(q, k, v).transpose(1, 2).flatten(2))
+    layer = m.DecoderLayer(c) if llm else m.EncoderLayer(c)
+    angles = [torch.ones(1, 1, 70, c.head_dim)] * 2 if llm else []
+    weights, found = {tuple(p.shape) for p in layer.parameters()}, {}
+
+    def keep(t):                            # not weights, nor their copies in bf16
+        if not weights & {tuple(t.shape), tuple(t.shape[::-1])} and t.shape != (1, 1, 70, c.head_dim if llm else 0):
+            found[t.data_ptr()] = t.nbytes, t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        kept = layer(x, *([None, *angles] if llm else []))
+    assert sum(size for size, _ in found.values()) == pytest.approx(70 * pivot.kept(c, 1), rel=.05), kept.shape
+    assert pivot.kept(c, 9) == 9 * pivot.kept(c, 1) and pivot.kept(c, 9, True) == pivot.kept(c, 1) + 36 * c.hidden_size
