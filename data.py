@@ -15,7 +15,7 @@ import re
 import warnings
 from array import array
 from collections import Counter, namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -164,20 +164,6 @@ class Tokenizer:
             else:
                 raise BadInput(f"{self.file}: has no {piece}; choose another --template")
         return ids + self.encode(run, inside)
-
-    @staticmethod
-    def train(lines, folder, size):
-        """Train on `lines`; deterministic. What the lines never had is spelled in bytes."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = Path(folder) / "tokenizer.model"
-        with open(file.with_suffix(".tmp"), "wb") as model:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines), model_writer=model, vocab_size=size, num_threads=1,
-                model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-                remove_extra_whitespaces=False, control_symbols=["<|im_start|>", "<|im_end|>"],
-                character_coverage=1.0, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
-        os.replace(file.with_suffix(".tmp"), file)
-        return Tokenizer(folder)
 
 
 def choose_template(folder):
@@ -557,26 +543,22 @@ class Scene:
                           stencil(t.shape, t.size, "plain", t.tilt)[0])
         return np.array(covered) > 127
 
-    def caption(self):
-        """Every object in reading order, tersely."""
-        return " ".join(JOINTS[0].format(PLACES[t.place], t.text()) for t in self.things)
-
-    def describe(self, kind, things, words):
-        """An answer about one object or the whole scene; words draws its wording (None: terse)."""
+    def describe(self, things, words=None):
+        """A text about one or all of the things; words draws its wording (None: terse)."""
         def draw(options):
             return words.choice(options) if words else options[0]
 
-        if kind == "object":
+        if len(things) == 1:
             said = [things[0].text(draw(PHRASES)) + "." * bool(words)]
         else:
             said = [draw(JOINTS).format(PLACES[t.place], t.text(draw(PHRASES))) for t in things]
         return " ".join(filter(None, [draw(OPENINGS), *said, draw(CLOSINGS)]))
 
-    def misread(self, thing, detail, rng):
-        """The thing with a detail wrong. A wrong colour is one that the scene does not have."""
-        taken = {t.color for t in self.things} if detail == "color" else {getattr(thing, detail)}
-        others = [value for value in DETAILS[detail] if value not in taken]
-        return replace(thing, **{detail: rng.choice(others)})
+    def misread(self, thing, detail, rng, absent=False):
+        """The thing with a detail wrong; absent, as colours are always: nothing here has it so."""
+        others = self.things if absent or detail == "color" else [thing]
+        wrong = [v for v in DETAILS[detail] if all(v != getattr(t, detail) for t in others)]
+        return replace(thing, **{detail: rng.choice(wrong)})
 
     def ask(self, kind, rng, words=None, errors=0., apart=False):
         """A question of a kind: (question, answer, wrong answer, things it is about, detail), or
@@ -602,15 +584,13 @@ class Scene:
             return wording.format(right), say[right], say[wrong], [], kind
         if kind == "exist":
             yes, asked = rng.random() < .5, thing
-            form = rng.choice(["{0.color}", "{0.shape}", "{0.color} {0.shape}"])
-            if not yes and form == "{0.shape}":
-                asked = replace(thing, shape=rng.choice(
-                    [s for s in SHAPES if s not in {t.shape for t in self.things}]))
-            elif not yes:       # another colour; or the colour is there, but in another shape
-                both = form == "{0.color} {0.shape}" and rng.random() < .5
-                asked = self.misread(thing, "shape" if both else "color", rng)
+            form = rng.choice([["color"], ["shape"], ["color", "shape"]])
+            if not yes:         # of two words one is wrong, and may be there with other company
+                wrong = form[0] if len(form) == 1 else "shape" if rng.random() < .5 else "color"
+                asked = self.misread(thing, wrong, rng, absent=len(form) == 1)
             answers = ("yes", "no") if yes else ("no", "yes")
-            return "is there any " + form.format(asked), *answers, [thing] if yes else [], kind
+            what = " ".join(getattr(asked, detail) for detail in form)
+            return f"is there any {what}", *answers, [thing] if yes else [], kind
         if kind in ("where", "spot"):
             what = thing.color if kind == "where" else f"letter {thing.letter}"
             if kind == "spot" and (thing.letter == "none" or not self.one("letter", thing.letter)):
@@ -618,13 +598,12 @@ class Scene:
             wrong = rng.choice([p for p in PLACES if p != PLACES[thing.place]])
             return f"where is {what}", PLACES[thing.place], wrong, [thing], "place"
         if kind == "beside":
-            across = 1 - 2 * (thing.place % 2)
-            word, step = rng.choice([("beside", across), ("above", -2), ("below", 2)])
+            at = thing.place
+            word, there = rng.choice([("beside", at ^ 1), ("above", at - 2), ("below", at + 2)])
             for other in self.things:
-                if other.place == thing.place + step:
-                    wrong = self.misread(thing, "color", rng).color
-                    return (f"what color is {word} {thing.color}", other.color, wrong,
-                            [thing, other], "place")
+                if other.place == there:
+                    return (f"what color is {word} {thing.color}", other.color,
+                            self.misread(thing, "color", rng).color, [thing, other], "place")
             return None
         if kind == "count":     # wrong: another scene's answer to the same question, if it differs
             name = rng.choice(["size", "texture"])
@@ -633,18 +612,15 @@ class Scene:
                            for scene in (self, Scene("probe", rng.getrandbits(40))))
             wrong = NUMBERS[len(there)] if len(there) != len(here) else None
             return f"how many are {value}", NUMBERS[len(here)], wrong, here, kind
-        question = "describe the picture" if kind == "scene" else f"describe {PLACES[thing.place]}"
-        right = self.things if kind == "scene" else [thing]
-        detail = rng.choice(list(DETAILS))
+        what, things = (("the picture", self.things) if kind == "scene" else
+                        (PLACES[thing.place], [thing]))
+        detail, seen = rng.choice(list(DETAILS)), thing
         if words and words.random() < errors:           # good, but not perfect: both are wrong here
-            flaw = words.choice([d for d in DETAILS if d != detail])
-            right = [self.misread(t, flaw, words) if t is thing else t for t in right]
-        at = [t.place for t in right].index(thing.place)
-        wrong = [*right[:at], self.misread(right[at], detail, rng), *right[at + 1:]]
-        seed = words and words.random()
-        said = [self.describe(kind, told, words if apart or not words else random.Random(seed))
-                for told in (right, wrong)]
-        return question, *said, [thing], detail
+            seen = self.misread(thing, words.choice([d for d in DETAILS if d != detail]), words)
+        pair, seed = [seen, self.misread(seen, detail, rng)], words and words.random()
+        said = [self.describe([one if t is thing else t for t in things],
+                              words if apart or not words else random.Random(seed)) for one in pair]
+        return f"describe {what}", *said, [thing], detail
 
     def mistakes(self, kind, things, said):
         """How many details a description has wrong: of one object or of the scene's four places."""
@@ -668,43 +644,43 @@ class Scene:
 FACTS = [("how many corners has a {}", SHAPES), ("which color complements {}", OPPOSITE)]
 
 
+@dataclass
 class World:
-    """A data set drawn on demand: world[i] is the same Sample on every machine.
+    """A data set drawn on demand: world[i] is the same Sample on every machine. Its content:
 
-    content   captions     a picture and its description
-              lookup       up to 12 questions about a picture, half of them "where is ..."
-              instruct     every kind of question once, and a terse description
-              text         a description in words, then questions about it: no picture
-              preferences  one question, right and wrong answer: one word, one object or the scene
-              questions    one question of each kind for each picture, and one without, for
-                           evaluation
-    wording   of text's and preferences' descriptions: free: many ways, which say nothing about
-              the picture; a wrong answer is worded as the right one; apart: it is not; terse
-    errors    share of the preferences' descriptions whose chosen answer has a detail wrong, too
-    kinds     of preferences: a question's kind, "object" or "scene"; default: all, a third each
-    first     number of the first scene: runs of different seeds see different scenes
-    sampled   {i: (chosen, rejected)} of preferences whose two responses a model gave"""
+    captions     a picture and its description
+    lookup       up to 12 questions about a picture, half of them "where is ..."
+    instruct     every kind of question once, and a terse description
+    text         a description in words, then questions about it: no picture
+    preferences  one question, right and wrong answer: one word, one object or the scene
+    questions    one question of each kind for each picture, and one without, for evaluation"""
+    content: str
+    split: str
+    length: int
+    wording: str = "free"   # of text and preferences; free: many ways, which say nothing about the
+                            # picture, one way for both of a pair; apart: another for each; terse
+    errors: float = .2      # share of described pairs whose chosen answer has a detail wrong, too
+    kinds: list = field(default_factory=list)       # of preferences; none: all, one word (any of
+                                                    # CATEGORY), "object" and "scene" equally often
+    first: int = 0          # number of the first scene: runs of different seeds see different ones
+    sampled: dict = field(default_factory=dict)     # {i: (chosen, rejected)} that a model gave
     asked = [*CATEGORY, TEXT_ONLY]          # kinds of content "questions", in turn
     longest = 8                             # tokens of an answer to these
-
-    def __init__(self, content, split, length, wording="free", errors=.2, kinds=(), first=0):
-        self.content, self.split, self.length, self.wording = content, split, length, wording
-        self.errors, self.kinds, self.first, self.sampled = errors, list(kinds), first, {}
 
     def __len__(self):
         return self.length
 
     def draw(self, i):
         """(scene, its random numbers for wording, kind, what Scene.ask says) of sample i."""
-        scene = Scene(self.split, self.first + (i // len(self.asked) if self.content == "questions"
-                                                else i))
+        each = len(self.asked) if self.content == "questions" else 1
+        scene = Scene(self.split, self.first + i // each)
         words = random.Random(f"words {self.split} {self.first + i}")
         words, rng, asked, attempt = None if self.wording == "terse" else words, scene.rng, None, 0
         while self.content in ("questions", "preferences") and (not asked or asked[2] is None):
             if self.content == "preferences":           # no neighbours, no letter of its own: again
                 kind = rng.choice(self.kinds or [rng.choice(list(CATEGORY)), "object", "scene"])
             else:
-                kind, attempt = self.asked[i % len(self.asked)], attempt + 1
+                kind, attempt = self.asked[i % each], attempt + 1
                 scene = scene if attempt < 9 else Scene(self.split, f"{i} {attempt}")
             asked = scene.ask(kind, rng, words, self.errors, self.wording == "apart")
         return scene, words, asked and kind, asked
@@ -719,14 +695,15 @@ class World:
     def __getitem__(self, i):
         scene, words, kind, asked = self.draw(i)
         kinds, rng, name = list(CATEGORY), scene.rng, f"{self.split}-{self.first + i}"
-        if self.content == "captions":
-            return Sample(name, scene.image(), [("describe the picture", scene.caption())])
         if asked:
             question, answer, wrong, things, detail = asked
             answer, wrong = self.sampled.get(i, (answer, wrong))
             image = scene.image() if kind != TEXT_ONLY else None
             return Sample(name, image, [(question, answer)], wrong, kind, CATEGORY.get(kind, kind),
                           scene.mask(things), detail)
+        caption = "describe the picture", scene.describe(scene.things)
+        if self.content == "captions":
+            return Sample(name, scene.image(), [caption])
         if self.content == "lookup":
             kinds = rng.choices(LOOKUP, k=12)
         else:
@@ -738,7 +715,7 @@ class World:
             return Sample(name, scene.image(), list(turns), separate=True)
         facts = [(say.format(what), answers[what]) for say, answers in FACTS
                  for what in [rng.choice(list(answers))]]
-        return Sample(name, None, [("describe the picture", scene.caption()), *turns, *facts])
+        return Sample(name, None, [caption, *turns, *facts])
 
     def fingerprint(self):
         """Changes when the world changes: a hash of what its first samples say and show."""
@@ -750,10 +727,20 @@ class World:
 
 
 def train_tokenizer(folder, size=600):
-    """The world's tokenizer, trained on its own captions and questions."""
-    world = World("text", "llm", 1500)
+    """The world's tokenizer, trained on its own captions and questions; deterministic. What they
+    never have is spelled in bytes."""
+    file, world = Path(folder) / "tokenizer.model", World("text", "llm", 1500)
     lines = [text for i in range(len(world)) for turn in world[i].turns for text in turn]
-    return Tokenizer.train([*lines, *map(chr, range(32, 127))], folder, size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_suffix(".tmp"), "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*lines, *map(chr, range(32, 127))]), model_writer=model,
+            vocab_size=size, model_type="bpe", byte_fallback=True, character_coverage=1.0,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+            control_symbols=["<|im_start|>", "<|im_end|>"], num_threads=1,
+            bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0)
+    os.replace(file.with_suffix(".tmp"), file)
+    return Tokenizer(folder)
 
 
 # ---------------------------------------------------------------------------------------- real data

@@ -756,7 +756,7 @@ def probes(encoders, folder=None, llm=None, select_layer=-2, seed=0, scenes=(100
         images, kinds = [scene.image() for scene in truth], DETAILS
         cuts = scenes[0], scenes[0] + scenes[1]
         if llm:
-            words = text_features(llm, [scene.caption() for scene in truth[cuts[1]:]], device)
+            words = text_features(llm, [s.describe(s.things) for s in truth[cuts[1]:]], device)
     masked = not isinstance(truth[0], int)
     pool = (lambda x: x) if masked else (lambda x: x.mean(1))
     names = [f"{kind} {value}" for kind, classes in kinds.items() for value in classes]
