@@ -88,7 +88,6 @@ TEMPLATES = {           # as in LLaVA, whose "plain", without the question, is o
         "gives helpful, detailed, and polite answers to the user's questions.")}
 ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
 SPECIAL = r"<\|\w+\|>|</?s>"
-PIECES = re.compile(rf"({SPECIAL}|<image>|{{\w+}})")        # what in a template is not text
 
 
 class Tokenizer:
@@ -151,19 +150,17 @@ class Tokenizer:
 
     def template(self, text, said={}, image=(), inside=False):
         """Token ids of a template's text. said: what people say, for its {names}; image: ids for
-        its <image>; inside: a special token goes before. In between, text is encoded as one."""
-        said = said if image else {"<image>": "", **said}
-        ids, run, inside = [], "", inside and self.bare
-        for piece in PIECES.split(text):
-            if piece in said or not PIECES.fullmatch(piece):
-                run += said.get(piece, piece)
-            elif piece == "<image>" or piece in self.special:
-                ids += self.encode(run, inside)
+        its <image>, if any; inside: a special token goes before."""
+        ids, inside, text = [], inside and self.bare, text if image else text.replace("<image>", "")
+        for piece in re.split(f"({SPECIAL}|<image>)", text):
+            if piece == "<image>" or piece in self.special:
                 ids += image if piece == "<image>" else [self.special[piece]]
-                run, inside = "", self.bare and piece != "<s>"
-            else:
+                inside = self.bare and piece != "<s>"
+            elif re.fullmatch(SPECIAL, piece):
                 raise BadInput(f"{self.file}: has no {piece}; choose another --template")
-        return ids + self.encode(run, inside)
+            else:
+                ids += self.encode(piece.format(**said), inside)
+        return ids
 
 
 def choose_template(folder):
@@ -196,13 +193,13 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
     def say(answer):            # a space before it belongs to its first token: " yes" is one
         return tokenizer.encode(space + answer, t.end != "") + end if answer is not None else []
 
-    pieces, lead, said = [], t.system, {"{system}": sample.system or t.prompt}
+    pieces, lead, said = [], t.system, {"system": sample.system or t.prompt}
     if sample.separate:
         pieces, lead = [(tokenizer.template(lead + "<image>", said, image), 0, False)], ""
     for n, (question, answer) in enumerate(sample.turns):
         here = image if n == sum(marked) and not sample.separate else []    # unmarked: turn 0
         head, *tail = re.split(" *<image> *", question.strip()) if here else [question.strip()]
-        text, said = lead + t.turn.rstrip(" "), said | {"{question}": head, "{tail}": "".join(tail)}
+        text, said = lead + t.turn.rstrip(" "), said | {"question": head, "tail": "".join(tail)}
         if tail or not here:                    # the picture does not stand before the question
             text = re.sub("<image>\n?{question}", "{question}<image>{tail}", text)
         ask, reply = (n + 1, n + 1) if sample.separate else (int(n > first), int(n >= first))
@@ -361,8 +358,8 @@ class Steps(torch.utils.data.Dataset):
 
     def __init__(self, data, prepare, steps, batch, micro, seed, rank=0, world=1, skipped=None):
         self.data, self.prepare, self.steps, self.batch = data, prepare, steps, batch
-        self.seed, self.rank, self.world, self.skipped = seed, rank, world, skipped
-        self.share, self.micro = math.ceil(batch / world), min(micro, math.ceil(batch / world))
+        self.micro, self.seed, self.rank, self.world = micro, seed, rank, world
+        self.skipped = skipped
 
     def __len__(self):
         return self.steps
@@ -379,19 +376,17 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         everyone, batches = shuffled(step, self.batch, len(self.data), self.seed), []
-        for start in range(0, self.share, self.micro):
+        for start in range(0, math.ceil(self.batch / self.world), self.micro):
             mine = everyone[self.rank::self.world][start:start + self.micro]
             index = mine or everyone[:1]
-
-            def batch(index):
-                return self.prepare([self.data[i] for i in index], index, dummy=not mine)
-
             try:
-                batches.append(batch(index))
+                batch = self.prepare([self.data[i] for i in index], index, dummy=not mine)
             except BadInput:
                 if not self.skipped:
                     raise
-                batches.append(batch([self.good(i) for i in index]))
+                index = [self.good(i) for i in index]
+                batch = self.prepare([self.data[i] for i in index], index, dummy=not mine)
+            batches.append(batch)
         return batches
 
 
@@ -424,15 +419,12 @@ OUTLINES = {"triangle": [(0, -1), (1, .8), (-1, .8)],
 SPLITS = ["validation", "test", "probe", "encoder", "llm", "align", "lookup", "instruct",
           "preferences", "pivot-align", "pivot"]            # no two share a scene
 
-CATEGORY = {"exist": "general", "color": "general", "shape": "general",
-            "complement": "knowledge", "corners": "knowledge", "letter": "ocr", "spot": "ocr",
-            "size": "vision", "texture": "vision", "where": "vision", "beside": "vision",
-            "count": "vision"}
+CATEGORY = {kind: category for category, kinds in {     # of all kinds of question
+    "general": ["exist", "color", "shape"], "knowledge": ["complement", "corners"],
+    "ocr": ["letter", "spot"], "vision": ["size", "texture", "where", "beside", "count"],
+    }.items() for kind in kinds}
 # questions about one detail of one object: wording, the detail, how its values are said
-ATTRIBUTES = {"color": ("what color is {}", "color", {}),
-              "shape": ("what shape is {}", "shape", {}),
-              "texture": ("what texture is {}", "texture", {}),
-              "size": ("what size is {}", "size", {}),
+ATTRIBUTES = {name: (f"what {name} is {{}}", name, {}) for name in DETAILS} | {
               "letter": ("what letter is on {}", "letter", {}),
               "corners": ("how many corners has {}", "shape", SHAPES),
               "complement": ("which color complements {}", "color", OPPOSITE)}
@@ -622,6 +614,9 @@ class Scene:
                               words if apart or not words else random.Random(seed)) for one in pair]
         return f"describe {what}", *said, [thing], detail
 
+    def one(self, detail, value):
+        return [getattr(t, detail) for t in self.things].count(value) == 1
+
     def mistakes(self, kind, things, said):
         """How many details a description has wrong: of one object or of the scene's four places."""
         parts = re.split(f"({'|'.join(PLACES)})", said)
@@ -636,9 +631,6 @@ class Scene:
                 found = letters if detail == "letter" else found
                 wrong += found != ([getattr(truth[place], detail)] if place in truth else [])
         return wrong
-
-    def one(self, name, value):
-        return sum(getattr(t, name) == value for t in self.things) == 1
 
 
 FACTS = [("how many corners has a {}", SHAPES), ("which color complements {}", OPPOSITE)]

@@ -41,8 +41,8 @@ def test_row_layout(tokenizer):
     sample = Sample("x", Image.new("RGB", (8, 8)), [("is <image> red", "yes")], "no")
     row = data.encode(sample, tokenizer, "chatml", 3, 100)
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    prompt = tokenizer.template(system + "{is}", {"{is}": "is"}) + [IMAGE] * 3
-    prompt += tokenizer.template("{red}<|im_end|>\n<|im_start|>assistant\n", {"{red}": "red"})
+    prompt = tokenizer.template(system + "{is}", {"is": "is"}) + [IMAGE] * 3
+    prompt += tokenizer.template("{red}<|im_end|>\n<|im_start|>assistant\n", {"red": "red"})
     cue = tokenizer.encode("assistant\n")
     yes, no = (tokenizer.encode("assistant\n" + text)[len(cue):] + [tokenizer.end] for text in ("yes", "no"))
     assert row.tokens == prompt + yes + no
