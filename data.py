@@ -430,6 +430,7 @@ ATTRIBUTES = {name: (f"what {name} is {{}}", name, {}) for name in DETAILS} | {
               "complement": ("which color complements {}", "color", OPPOSITE)}
 LOOKUP = ["where"] * 6 + ["spot", "exist", "exist", "color", "letter", "size"]
 TEXT_ONLY = "fact"                                      # a kind of question without a picture
+FACTS = [("how many corners has a {}", SHAPES), ("which color complements {}", OPPOSITE)]
 # free wording: which words are used says nothing about the picture
 PHRASES = ["a {0.size} {0.color} {0.texture} {0.shape} with {1}",
            "a {0.texture} {0.shape}, {0.size} and {0.color}, with {1}",
@@ -631,9 +632,6 @@ class Scene:
                 found = letters if detail == "letter" else found
                 wrong += found != ([getattr(truth[place], detail)] if place in truth else [])
         return wrong
-
-
-FACTS = [("how many corners has a {}", SHAPES), ("which color complements {}", OPPOSITE)]
 
 
 @dataclass
@@ -909,21 +907,18 @@ class Records:
     def select(self, prepare, take=None, seed=0, max_prompt_chosen=None):
         """The paper's selection: the first `take` (None: all) after a seeded shuffle, without those
         whose prompt and chosen answer have more than `max_prompt_chosen` tokens. Returns itself."""
-        order, self.left_out["too long"] = permutation(len(self), seed).tolist(), 0
-
-        def fits(i):
+        kept, self.left_out["too long"], order = [], 0, permutation(len(self), seed).tolist()
+        for i in tqdm(order, "selecting", leave=False, disable=None):
+            if take and len(kept) == take:
+                break
             try:
-                row = encode(replace(self[i], rejected=None), prepare.tokenizer, prepare.template,
-                             prepare.encoder.tokens, max_length=1 << 30)
+                fits = not max_prompt_chosen or max_prompt_chosen >= len(encode(
+                    replace(self[i], rejected=None), prepare.tokenizer, prepare.template,
+                    prepare.encoder.tokens, max_length=1 << 30).tokens)
             except BadInput:                        # not for its length: Steps will find it
-                return True
-            long = len(row.tokens) > max_prompt_chosen
-            self.left_out["too long"] += long
-            return not long
-
-        if max_prompt_chosen:
-            order = filter(fits, tqdm(order, "selecting", leave=False, disable=None))
-        kept = [i for _, i in zip(range(take or len(self)), order)]
+                fits = True
+            self.left_out["too long"] += not fits
+            kept += [i] if fits else []
         if not kept:
             raise BadInput(f"{self.file}: no sample has at most {max_prompt_chosen} tokens")
         self.rows = self.rows[kept]
