@@ -443,18 +443,8 @@ CLOSINGS = ["", "that is all.", "i am quite sure.", "so it seems.", "nothing els
             "i hope this helps."]
 
 
-@dataclass
-class Thing:
-    """One object of a scene. Everything but tilt is talked about."""
-    place: int
-    shape: str
-    color: str
-    size: str
-    texture: str
-    letter: str
-    tilt: int
-    x: int          # centre, pixels
-    y: int
+class Thing(namedtuple("Thing", "place shape color size texture letter tilt x y")):
+    """One object of a scene; (x, y): its centre, pixels. Everything but tilt is talked about."""
 
     def text(self, phrase=PHRASES[0]):
         letter = "no letter" if self.letter == "none" else f"letter {self.letter}"
@@ -551,7 +541,7 @@ class Scene:
         """The thing with a detail wrong; absent, as colours are always: nothing here has it so."""
         others = self.things if absent or detail == "color" else [thing]
         wrong = [v for v in DETAILS[detail] if all(v != getattr(t, detail) for t in others)]
-        return replace(thing, **{detail: rng.choice(wrong)})
+        return thing._replace(**{detail: rng.choice(wrong)})
 
     def ask(self, kind, rng, words=None, errors=0., apart=False):
         """A question of a kind: (question, answer, wrong answer, things it is about, detail), or

@@ -134,9 +134,8 @@ def test_masks_are_where_the_object_is():
     """Scenes that differ in one object's colour differ inside that object's mask and nowhere else."""
     for i in range(30):
         scene, other = data.Scene("probe", i), data.Scene("probe", i)
-        thing = other.things[0]
-        thing.color = next(c for c in data.COLORS if c != thing.color)
-        thing.texture = scene.things[0].texture = "plain"
+        thing = scene.things[0] = scene.things[0]._replace(texture="plain")
+        other.things[0] = thing._replace(color=next(c for c in data.COLORS if c != thing.color))
         differs = (np.array(scene.image()) != np.array(other.image())).any(-1)
         mask = scene.mask([scene.things[0]])
         edge = np.zeros_like(mask)
