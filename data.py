@@ -792,13 +792,12 @@ def scan(file):
             at += len(line)
         text = f.read().decode("latin-1")           # a character is a byte: good enough to scan
     decode, gap, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), text.find("[") + 1
-    number = 0
-    while is_array and at <= len(text) and not text.startswith(
-            "]", at := gap.match(text, at).end()):
+    number, more = 0, is_array
+    while more and not text.startswith("]", at := gap.match(text, at).end()):
         try:
             end = decode(text, at)[1]
         except (RecursionError, ValueError):        # `parse` will say what is wrong with the rest
-            end = len(text) + 1
+            end, more = len(text), False
         yield (number := number + 1), at, text[at:end].encode("latin-1")
         at = end
 
