@@ -543,6 +543,9 @@ class Scene:
         wrong = [v for v in DETAILS[detail] if all(v != getattr(t, detail) for t in others)]
         return thing._replace(**{detail: rng.choice(wrong)})
 
+    def one(self, detail, value):
+        return [getattr(t, detail) for t in self.things].count(value) == 1
+
     def ask(self, kind, rng, words=None, errors=0., apart=False):
         """A question of a kind: (question, answer, wrong answer, things it is about, detail), or
         None if the scene does not allow it; the wrong answer is None where count finds none.
@@ -558,9 +561,8 @@ class Scene:
             key = PLACES[thing.place] if detail == "color" or rng.random() < .6 else thing.color
             if kind == "color" and rng.random() < .4 and self.one("shape", thing.shape):
                 key = "the " + thing.shape
-            right, wrong = (getattr(t, detail) for t in (thing, self.misread(thing, detail, rng)))
-            return (wording.format(key), say.get(right, right), say.get(wrong, wrong), [thing],
-                    detail)
+            pair = (getattr(t, detail) for t in (thing, self.misread(thing, detail, rng)))
+            return wording.format(key), *(say.get(a, a) for a in pair), [thing], detail
         if kind == TEXT_ONLY:
             wording, say = rng.choice(FACTS)
             right, wrong = rng.sample(list(say), 2)
@@ -595,8 +597,9 @@ class Scene:
                            for scene in (self, Scene("probe", rng.getrandbits(40))))
             wrong = NUMBERS[len(there)] if len(there) != len(here) else None
             return f"how many are {value}", NUMBERS[len(here)], wrong, here, kind
-        what, things = (("the picture", self.things) if kind == "scene" else
-                        (PLACES[thing.place], [thing]))
+        what, things = PLACES[thing.place], [thing]
+        if kind == "scene":
+            what, things = "the picture", self.things
         detail, seen = rng.choice(list(DETAILS)), thing
         if words and words.random() < errors:           # good, but not perfect: both are wrong here
             seen = self.misread(thing, words.choice([d for d in DETAILS if d != detail]), words)
@@ -604,9 +607,6 @@ class Scene:
         said = [self.describe([one if t is thing else t for t in things],
                               words if apart or not words else random.Random(seed)) for one in pair]
         return f"describe {what}", *said, [thing], detail
-
-    def one(self, detail, value):
-        return [getattr(t, detail) for t in self.things].count(value) == 1
 
     def mistakes(self, kind, things, said):
         """How many details a description has wrong: of one object or of the scene's four places."""
