@@ -88,6 +88,7 @@ TEMPLATES = {           # as in LLaVA, whose "plain", without the question, is o
         "gives helpful, detailed, and polite answers to the user's questions.")}
 ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
 SPECIAL = r"<\|\w+\|>|</?s>"
+PIECES = re.compile(f"({SPECIAL}|<image>)")     # what in a template is not text
 
 
 class Tokenizer:
@@ -152,14 +153,14 @@ class Tokenizer:
         """Token ids of a template's text. said: what people say, for its {names}; image: ids for
         its <image>, if any; inside: a special token goes before."""
         ids, inside, text = [], inside and self.bare, text if image else text.replace("<image>", "")
-        for piece in re.split(f"({SPECIAL}|<image>)", text):
-            if piece == "<image>" or piece in self.special:
+        for piece in PIECES.split(text):
+            if not PIECES.fullmatch(piece):
+                ids += self.encode(piece.format(**said), inside)
+            elif piece == "<image>" or piece in self.special:
                 ids += image if piece == "<image>" else [self.special[piece]]
                 inside = self.bare and piece != "<s>"
-            elif re.fullmatch(SPECIAL, piece):
-                raise BadInput(f"{self.file}: has no {piece}; choose another --template")
             else:
-                ids += self.encode(piece.format(**said), inside)
+                raise BadInput(f"{self.file}: has no {piece}; choose another --template")
         return ids
 
 
