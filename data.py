@@ -87,6 +87,7 @@ TEMPLATES = {           # as in LLaVA, whose "plain", without the question, is o
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions.")}
 ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
+STARTS = ["<s>", "<|begin_of_text|>"]           # of Llamas; a Qwen has none
 SPECIAL = r"<\|\w+\|>|</?s>"
 PIECES = re.compile(f"({SPECIAL}|<image>)")     # what in a template is not text
 
@@ -121,6 +122,8 @@ class Tokenizer:
                 self.words = 1 + max(self.model.get_vocab().values())
             self.special, self.size = ids, max([self.words, *(i + 1 for i in ids.values())])
             self.end = ids[next((name for name in ENDS if name in ids), " or ".join(ENDS))]
+            starts = STARTS * config.get("add_bos_token", True)
+            self.start = [ids[name] for name in starts if name in ids][:1]
         except Exception as error:              # the two packages raise whatever they like
             hint = "; pip install tokenizers" if isinstance(error, ImportError) else ""
             raise BadInput(f"{self.file}: cannot be read ({error!r}){hint}") from None
@@ -181,9 +184,10 @@ def choose_template(folder):
 Row = namedtuple("Row", "tokens segment target position source")
 
 
-def encode(sample, tokenizer, template, image_tokens, max_length):
+def encode(sample, tokenizer, template, image_tokens, max_length, responses=2):
     """Sample -> Row. Image tokens are never cut: a long response loses its end (and so its end of
-    turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt."""
+    turn); a prompt that leaves no room for a response is an error. Answer None: only the prompt.
+    responses 1: without the rejected one; the targets are the same, of a pair the last answer."""
     t, first = TEMPLATES[template], len(sample.turns) - 1 if sample.rejected is not None else 0
     image = [IMAGE] * image_tokens if sample.image is not None else []
     marked = [n for n, turn in enumerate(sample.turns) for _ in re.findall("<image>", turn[0])]
@@ -194,7 +198,8 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
     def say(answer):            # a space before it belongs to its first token: " yes" is one
         return tokenizer.encode(space + answer, t.end != "") + end if answer is not None else []
 
-    pieces, lead, said = [], t.system, {"system": sample.system or t.prompt}
+    pieces = [(tokenizer.start if template == "caption" else [], 0, False)]
+    lead, said = t.system, {"system": sample.system or t.prompt}
     if sample.separate:
         pieces, lead = [(tokenizer.template(lead + "<image>", said, image), 0, False)], ""
     for n, (question, answer) in enumerate(sample.turns):
@@ -207,7 +212,7 @@ def encode(sample, tokenizer, template, image_tokens, max_length):
         pieces += [(tokenizer.template(text, said, here, inside=n > 0), ask, False),
                    (say(answer), reply, reply > 0)]     # (token ids, segment, are they targets?)
         lead = "" if sample.separate else t.after
-    pieces.append((say(sample.rejected), 2, True))
+    pieces.append((say(sample.rejected if responses == 2 else None), 2, True))
 
     prompt = sum(len(ids) for ids, segment, _ in pieces if segment == 0)
     columns, following = [], {0: 0}             # the next position of each segment
@@ -287,6 +292,30 @@ def collate(rows, pictures, index, image_size, paired, dummy=False, pack=False):
                  torch.tensor(index), responses, len(pixels), dummy)
 
 
+def framed(image, c, resample):
+    """What an encoder sees of an image, image_size a side, as the image processors of SigLIP
+    (squeezed into a square) or CLIP (shortest edge resized, centre cut out). c: its EncoderConfig.
+    """
+    edge, size = c.shortest_edge, c.image_size
+    width, height = (edge * n // min(image.size) if edge else size for n in image.size)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"a strip of {image.size}, {(width, height)} when resized")
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+
+
+def read_picture(image, c):
+    """A file or an image -> as the encoder sees it, RGB; first frame, upright, without alpha."""
+    with warnings.catch_warnings():             # up to twice its limit Pillow only warns
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if not isinstance(image, Image.Image):
+            image = Image.open(image, formats=PICTURES)
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":               # 16 bits: Pillow would clip, not scale
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return framed(image.convert("RGB"), c, c.resample)
+
+
 class Prepare:
     """Samples -> Batch: the picture as the encoder wants it, the text as the LLM wants it.
     responses 1: a rejected response is left out. pack: see collate; prompts alone never are.
@@ -298,43 +327,29 @@ class Prepare:
         if tokenizer:                           # None: for pictures alone
             self.end, = tokenizer.template(TEMPLATES[template].end) or [tokenizer.end]
 
-    def row(self, sample):
-        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, self.max_length)
+    def row(self, sample, answers=True):
+        return encode(sample, self.tokenizer, self.template, self.encoder.tokens, self.max_length,
+                      self.responses if answers else 1)
 
     def picture(self, sample):
-        """(3, H, W) float32, or None. As the image processors of SigLIP (squeezed into a square) or
-        CLIP (shortest edge resized, centre cut out); first frame, upright, without alpha."""
-        image, c, size = sample.image, self.encoder, self.encoder.image_size
-        if image is None:
+        """(3, H, W) float32, or None."""
+        if sample.image is None:
             return None
+        c = self.encoder
         try:
-            with warnings.catch_warnings():     # up to twice its limit Pillow only warns
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                if not isinstance(image, Image.Image):
-                    image = Image.open(image, formats=PICTURES)
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":           # 16 bits: Pillow would clip, not scale
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            image, edge = image.convert("RGB"), c.shortest_edge
-            width, height = (edge * n // min(image.size) if edge else size for n in image.size)
-            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise ValueError(f"a strip of {image.size}, {(width, height)} when resized")
+            image = np.array(read_picture(sample.image, c))
         except Exception as error:              # Pillow raises whatever it likes
             raise sample.wrong(f"cannot read picture {sample.image} ({error}); mend it") from None
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), c.resample).crop((left, top, left + size, top + size))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (c.image_mean, c.image_std))
         return (pixels - mean) / std
 
     def __call__(self, samples, index=None, dummy=False, answers=True):
         """answers False: prompts only, for generation."""
-        if self.responses == 1 or not answers:
-            samples = [replace(s, rejected=None) for s in samples]
         if not answers:
             samples = [replace(s, turns=[*s.turns[:-1], (s.turns[-1][0], None)]) for s in samples]
-        rows, pictures = [self.row(s) for s in samples], [self.picture(s) for s in samples]
-        paired = any(s.rejected is not None for s in samples)
+        rows, pictures = [self.row(s, answers) for s in samples], [self.picture(s) for s in samples]
+        paired = self.responses == 2 and answers and any(s.rejected is not None for s in samples)
         return collate(rows, pictures, list(index or range(len(rows))), self.encoder.image_size,
                        paired, dummy, self.pack and answers)
 
@@ -814,13 +829,20 @@ class Records:
         self.file, folder, self.skip = Path(file), Path(file).absolute().parent, skip
         bases = [Path(base).absolute() for base in (image_root, folder, folder.parent) if base]
         meta = {self.file.stem: {"annotation": self.file.absolute(), "root": bases[0]}}
+
+        def found(path):
+            there = [base / path for base in bases if (base / path).exists()]
+            if not there:
+                raise BadInput(f"{file}: {path} is not in {' or '.join(map(str, bases))}; unzip it "
+                               "there (MMPR into a folder of its name), or give --image-root")
+            return os.path.normpath(there[0])
+
         try:
             with open(file, "rb") as f:
                 if b'"annotation"' in f.read(4096):
                     meta = json.loads(self.file.read_text("utf-8"))
-            self.parts = [[kind, *(os.path.normpath(
-                [base / part[key] for base in bases if (base / part[key]).exists()][0])
-                for key in ("annotation", "root"))] for kind, part in meta.items()]
+            self.parts = [[kind, found(part["annotation"]), found(part["root"])]
+                          for kind, part in meta.items()]
             stats = [os.stat(path) for _, path, _ in self.parts]
             stamp = repr([skip, *((s.st_size, s.st_mtime_ns) for s in stats)])
             if not (folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK)):  # root may
@@ -839,8 +861,7 @@ class Records:
                 save_file({"rows": rows}, part, known)
                 os.replace(part, index)
         except (OSError, SafetensorError, *WRONG) as error:
-            raise BadInput(f"{file}: cannot be read, or a file that it names is nowhere below "
-                           f"{bases[0]} ({error!r}); is --image-root right?") from None
+            raise BadInput(f"{file}: cannot be read ({error!r})") from None
         self.rows = rows.numpy()
         self.size = len(self.rows)              # of the file, whatever is selected from it
         self.digest, self.preferences, self.left_out, self.suspect = json.loads(known["numbers"])
@@ -903,8 +924,8 @@ class Records:
                 break
             try:
                 fits = not max_prompt_chosen or max_prompt_chosen >= len(encode(
-                    replace(self[i], rejected=None), prepare.tokenizer, prepare.template,
-                    prepare.encoder.tokens, max_length=1 << 30).tokens)
+                    self[i], prepare.tokenizer, prepare.template, prepare.encoder.tokens,
+                    max_length=1 << 30, responses=1).tokens)
             except BadInput:                        # not for its length: Steps will find it
                 fits = True
             self.left_out["too long"] += not fits

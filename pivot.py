@@ -608,8 +608,7 @@ def dry_run(s, device):
                      Projector(encoder.hidden_size, llm.hidden_size), Decoder(llm))
     freeze(model, row, s.projector_layers)
     some = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / 200))]
-    rows = [(prepare.row(replace(x, rejected=x.rejected if paired else None)), x.image is not None)
-            for x in some]
+    rows = [(prepare.row(x), x.image is not None) for x in some]
 
     def work(trains):
         return sum(probe.flops(model, [len(r.tokens)], sum(r.target), trains, seen)
@@ -881,7 +880,8 @@ def run_gradients(s, device):
         shown = [r["sample"] for r in found if r["answer"] == kind][:3] if kind else range(
             min(len(samples), 12))
         file = folder / ("-".join(["gradients", *kind.split()]) + ".png")
-        probe.gradient_picture([samples[i] for i in shown], maps[list(shown)], file)
+        probe.gradient_picture([samples[i] for i in shown], prepare.encoder, maps[list(shown)],
+                               file)
     end_alone(s, folder, settings, {"gradients": rows}, probe.gradient_tables(rows))
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CELL, CHOSEN, COLORS, DETAILS, GROUNDS, REJECTED, SIDE, SUFFIXES, TILTS,
-                  BadInput, Prepare, Sample, Scene, Tokenizer)
+                  BadInput, Prepare, Sample, Scene, Tokenizer, framed, read_picture)
 from dpo import dpo_loss
 from model import (MLLM, Encoder, EncoderConfig, Projector, fill, initialise, load_encoder,
                    load_llm, open_tensors, write_json)
@@ -419,11 +419,11 @@ def gradient_maps(model, samples, prepare, device="cpu", beta=.1, batch=32):
                                  .norm(dim=-1) for loss in losses], 1).float().cpu())
         kept.clear()
     hook.remove()
-    maps, size = torch.cat(maps), model.encoder.config.image_size
+    maps, c = torch.cat(maps), model.encoder.config
     for i, (sample, strength) in enumerate(zip(samples, maps)):
         if sample.region is None or not sample.region.any():
             continue
-        mask = Image.fromarray(sample.region).convert("L").resize((size, size), Image.NEAREST)
+        mask = framed(Image.fromarray(sample.region).convert("L"), c, Image.NEAREST)
         cover = patches(np.array(mask) > 0, round(maps.shape[2] ** .5)).float().mean(1)
         area, inside = cover.mean().item(), strength @ cover / strength.sum(1)
         hits = cover[strength.argmax(1)] > 0
@@ -577,20 +577,21 @@ def line(text, width, color="white"):
     return np.array(image)
 
 
-def panels(rows, headings, notes, file, side=190):
-    """A page of pictures, a row for each (image or file, region, maps): the image, then each map, a
-    square array of colors, laid over it, with the outline of the region, (H, W) bool, if there is
-    one. A heading over each column; lines under each row: notes[row] = [(text, color)]."""
+def panels(rows, c, headings, notes, file, side=190):
+    """A page of pictures, a row for each (image or file, region, maps): what an encoder of config c
+    sees of the image, then each map, a square array of colors, laid over it, with the outline of
+    the region, (H, W) bool, if there is one. A heading over each column; lines under each row:
+    notes[row] = [(text, color)]."""
     page = [np.hstack([line(heading[-side // 8:], side) for heading in headings])]
     width, size = page[0].shape[1], (side - 8, side - 8)
     for (image, region, maps), note in zip(rows, notes):
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        image, *maps = (i.convert("RGB").resize(size, Image.NEAREST) for i in (
-            image, *(Image.fromarray(colors.astype(np.uint8)) for colors in maps)))
+        image, *maps = (i.resize(size, Image.NEAREST) for i in (read_picture(image, c), *(
+            Image.fromarray(colors.astype(np.uint8)) for colors in maps)))
         grey = image.convert("L").convert("RGB")
         pictures = [image, *(Image.blend(grey, colors, .65) for colors in maps)]
         if region is not None:
-            mask = Image.fromarray(region).convert("L").resize(size, Image.NEAREST)
+            mask = framed(Image.fromarray(region).convert("L"), c, Image.NEAREST)
+            mask = mask.resize(size, Image.NEAREST)
             edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(5)))
             for picture in pictures:
                 picture.paste("white", mask=edge)
@@ -600,9 +601,9 @@ def panels(rows, headings, notes, file, side=190):
     Image.fromarray(np.vstack(page)).save(file)
 
 
-def segmentation_picture(images, found, colors, file, wide=12):
-    """As the paper's figure 9: a patch has a stripe for each of its classes. found: {heading:
-    (images, patches, classes) bool}, the truth among them; colors: {class: its RGB}."""
+def segmentation_picture(images, c, found, colors, file, wide=12):
+    """As the paper's figure 9: a patch has a stripe for each of its classes. c: see panels. found:
+    {heading: (images, patches, classes) bool}, the truth among them; colors: {class: its RGB}."""
     def striped(seen):
         grid = round(len(seen) ** .5)
         out = np.full((grid, wide, grid, wide, 3), 255)
@@ -616,18 +617,19 @@ def segmentation_picture(images, found, colors, file, wide=12):
             for i, image in enumerate(images)]
     some = torch.stack([seen.flatten(0, 1).any(0) for seen in found.values()]).any(0)
     legend = [both for both, there in zip(colors.items(), some) if there]
-    panels(rows, ["image", *found], [[]] * (len(rows) - 1) + [legend], file)
+    panels(rows, c, ["image", *found], [[]] * (len(rows) - 1) + [legend], file)
 
 
-def gradient_picture(samples, maps, file):
-    """As the paper's figure 7: image with the region's outline, SFT's and DPO's map (each scaled
-    to its own maximum), question and both answers. samples, maps: gradient_maps', those to draw."""
+def gradient_picture(samples, c, maps, file):
+    """As the paper's figure 7: image with the region's outline, SFT's and DPO's map (each scaled to
+    its own maximum), question and both answers. samples, maps: gradient_maps', those to draw; c:
+    see panels."""
     ramp = (20, 60, 180, 250, 255), (10, 20, 40, 140, 250), (60, 130, 110, 30, 120)     # RGB
     grid = round(maps.shape[2] ** .5)
     heat = (maps / maps.amax(2, keepdim=True)).unflatten(2, (grid, grid)).numpy()
     heat = np.stack([np.interp(heat, [0, .25, .5, .75, 1], color) for color in ramp], -1)
     notes = [list(zip((*s.turns[-1], s.rejected), ("white", "green", "red"))) for s in samples]
-    panels([(s.image, s.region, both[:2]) for s, both in zip(samples, heat)],
+    panels([(s.image, s.region, both[:2]) for s, both in zip(samples, heat)], c,
            ["image", "SFT", "DPO"], notes, file)
 
 
@@ -646,22 +648,23 @@ def cells(x):
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
-def object_maps(scene, size):
-    """For every detail (size, size): 0 where no object is, else 1 + which value the object has."""
+def object_maps(scene, c):
+    """For every detail what an encoder of config c sees, (image_size, image_size): 0 where no
+    object is, else 1 + which value the object has."""
     maps = np.zeros((len(DETAILS), SIDE, SIDE), np.uint8)
     for thing in scene.things:
         maps[:, scene.mask([thing])] = [[1 + list(values).index(getattr(thing, name))]
                                         for name, values in DETAILS.items()]
-    return [np.array(Image.fromarray(ids).resize((size, size), Image.NEAREST)) for ids in maps]
+    return [np.array(framed(Image.fromarray(ids), c, Image.NEAREST)) for ids in maps]
 
 
-def annotation(file, size=None):
-    """A picture of class numbers, 0 = none or other; squared to size."""
+def annotation(file, c=None):
+    """A picture of class numbers, 0 = none or other; what an encoder of config c sees of it."""
     try:
         image = Image.open(file)
         if len(image.getbands()) > 1:
             raise ValueError(f"mode {image.mode}, not one number per pixel")
-        return np.array(image.resize((size, size), Image.NEAREST) if size else image)
+        return np.array(framed(image, c, Image.NEAREST) if c else image)
     except (OSError, ValueError) as error:
         raise BadInput(f"{file}: cannot be read as an annotation ({error})") from None
 
@@ -698,11 +701,14 @@ def read_folder(folder, seed):
     return found, (len(learn) - max(1, len(learn) // 10), len(learn)), truth, names
 
 
-def patch_truth(truth, kinds, size, grid):
-    """Segmentation's labels of scenes or annotation files: (pictures, patches, classes) bool. In
-    the world, every value of every detail that is talked about is a class."""
+def patch_truth(truth, kinds, c):
+    """Segmentation's labels of scenes or annotation files, as an encoder of config c sees them:
+    (pictures, patches, classes) bool. In the world, every value of every detail that is talked
+    about is a class."""
+    grid = c.image_size // c.patch_size
+
     def maps(one):
-        return object_maps(one, size) if isinstance(one, Scene) else [annotation(one, size)]
+        return object_maps(one, c) if isinstance(one, Scene) else [annotation(one, c)]
 
     return torch.stack([torch.cat([patch_labels(ids, grid, len(classes)) for ids, classes in
                                    zip(maps(one), kinds.values())], 1)
@@ -776,9 +782,9 @@ def probes(encoders, folder=None, llm=None, select_layer=-2, seed=0, scenes=(100
                 row["linear"] = {view: {"class": linear_probe(x, torch.tensor(truth)[:, None], [
                     len(names)], cuts, device)[0]} for view, x in views.items()}
                 continue
-            size = c.image_size, c.image_size // c.patch_size
+            size = c.image_size, c.shortest_edge, c.patch_size
             if size not in labels:
-                labels[size] = patch_truth(truth, kinds, *size)
+                labels[size] = patch_truth(truth, kinds, c)
             row["segmentation"], found[name] = segmentation_probe(
                 views[VIEWS[0]], labels[size], cuts[1], seed, device)
             row["segmentation"]["classes"] = dict(zip(names, row["segmentation"]["classes"]))
@@ -786,7 +792,7 @@ def probes(encoders, folder=None, llm=None, select_layer=-2, seed=0, scenes=(100
         at = [i for i, name in enumerate(names) if name.startswith(kind)]
         shown = {"truth": labels[size][cuts[1]:], **found}
         some = [i for i, there in enumerate(shown["truth"][:, :, at]) if there.any()][:6]
-        segmentation_picture([images[cuts[1] + i] for i in some],
+        segmentation_picture([images[cuts[1] + i] for i in some], c,
                              {name: seen[some][:, :, at] for name, seen in shown.items()},
                              {names[i]: colors[names[i]] for i in at},
                              Path(out) / f"segmentation-{kind}.png")

@@ -64,6 +64,20 @@ def test_both_responses_see_the_last_question(tokenizer):
     assert sum(row.target) == len(parts[1] + parts[2])
 
 
+def test_sft_and_dpo_learn_the_same_chosen_tokens(prepare, pairs):
+    """Of a preference whose prompt has earlier turns the last answer only, without its rejected one or with it."""
+    two, found = prepare(pairs), []
+    prepare.responses = 1
+    one = prepare(pairs)
+    for batch in (one, two):
+        chosen, length = batch.response % batch.responses == 0, batch.tokens.shape[1]
+        where = batch.source[chosen] // length, batch.source[chosen] % length
+        found.append([(int(i), t) for i, t in zip(batch.response[chosen] // batch.responses, batch.target[chosen].tolist())])
+        assert (batch.segment[where] < 2).all()
+    assert found[0] == found[1] and not (one.segment == 2).any() and one.responses == 1
+    assert [t for i, t in found[0] if i == 4] == [*prepare.tokenizer.encode(pairs[4].turns[-1][1], True), prepare.end]
+
+
 def test_image_goes_first_where_no_placeholder_is(tokenizer):
     row = data.encode(Sample("x", Image.new("RGB", (8, 8)), [("red", "yes")]), tokenizer, "plain", 3, 100)
     assert row.tokens[:3] == [IMAGE] * 3

@@ -124,6 +124,17 @@ def test_special_tokens_come_from_the_template_only(qwen, llama):
     assert [f.name for f in ours.files] == ["tokenizer.model", "tokenizer_config.json"]
 
 
+def test_a_caption_starts_as_its_tokenizer_starts_texts(llama, tmp_path):
+    """As in LLaVA, a Llama's has its first token; not where the folder says that none is added, as Qwen's do."""
+    sample, theirs = Sample("x", Image.new("RGB", (4, 4)), [("what", "a cat")]), theirs_of(llama, False)
+    for config, start in (({}, [theirs.bos_token_id]), ({"add_bos_token": False}, [])):
+        for file in llama.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        row = data.encode(sample, Tokenizer(tmp_path), "caption", 2, 100)
+        assert row.tokens[:len(start) + 2] == start + [IMAGE] * 2 and not any(row.target[:len(start) + 2])
+
+
 def test_the_prompt_does_not_depend_on_the_answer(qwen):
     """An answer that begins with a line break would melt into the template's; chosen and rejected share it."""
     ours = Tokenizer(qwen)
@@ -152,7 +163,7 @@ def test_a_picture_stands_where_it_is_asked_for(qwen):
     assert text([("a", "b"), ("see <image> there", "c")]) == (
         start + "a" + between + "b<|im_end|>\n<|im_start|>user\nsee**there" + between + "c<|im_end|>")
     assert text([("hi <image>", "yes")], "plain") == "hi**yes<|im_end|>"
-    assert text([("Describe it.\n<image>", "a cat")], "caption") == "**a cat<|im_end|>"
+    assert text([("Describe it.\n<image>", "a cat")], "caption") == "<s>**a cat<|im_end|>"
     assert text([("hi", "yes")], "vicuna").endswith("USER: **\nhi ASSISTANT: yes</s>")
     with pytest.raises(BadInput, match="more than one <image>"):
         text([("<image>", "yes"), ("<image>", "yes")])
@@ -269,7 +280,7 @@ def test_mmpr_is_one_data_set(tmp_path):
     with pytest.raises(IndexError):
         records[6]
     (tmp_path / "meta.json").write_text((base / "meta.json").read_text().replace("MMPR/", ""))
-    with pytest.raises(BadInput, match="--image-root"):
+    with pytest.raises(BadInput, match="ai2d.jsonl is not in .*--image-root"):
         data.Records(tmp_path / "meta.json")
     assert len(data.Records(tmp_path / "meta.json", base)) == 6
 

@@ -140,7 +140,7 @@ def finished_run(name, raw):
     def change(folder):
         assert main(*options(folder, "--steps", 2, "--save-every", 1, stage="sft")) == 0
         settings = folder / "runs/paper/sft/settings.json"
-        m.write_json(settings, {k: v for k, v in json.loads(settings.read_text()).items() if k != "finished"})
+        m.write_json(settings, {k: v for k, v in json.loads(settings.read_text()).items() if k not in ("finished", "measured")})
         for at in (folder / "runs/paper/sft").glob(name):
             at.write_bytes(raw)
     return change
@@ -185,7 +185,7 @@ CASES = {   # what it is: (what it does to the folder, what the line says; None:
     "null": (lines(PAIR, b"null"), "pairs.jsonl: sample 2: not a JSON object"),
     "half an array": (lines(b"[" + GOOD + b"," + GOOD[:-4]), "pairs.jsonl: sample 2"),
     "data is a directory": (lambda f: (os.remove(f / "pairs.jsonl"), os.mkdir(f / "pairs.jsonl")), "pairs.jsonl: cannot"),
-    "meta.json that names nothing": (lines({"a": {"annotation": "x", "root": "y"}}), "pairs.jsonl: cannot be read.*nowhere"),
+    "meta.json that names nothing": (lines({"a": {"annotation": "x", "root": "y"}}), "pairs.jsonl: [xy] is not in .*--image-root"),
     "pairs and others": (lines(PAIR, {"question": "q", "answer": "a"}), "pairs.jsonl: 2 samples, 1 of them"),
     # ---- wrong types
     "image is a number": (row(image=3), "pairs.jsonl: sample 2"), "image is a dict": (row(image={"path": "x"}), "sample 2"),

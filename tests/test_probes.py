@@ -72,10 +72,32 @@ def test_patch_labels_against_a_loop():
 
 def test_object_maps_hold_every_detail():
     scene = data.Scene("probe", 3)
-    for (name, values), ids in zip(data.DETAILS.items(), probe.object_maps(scene, 48)):
+    for (name, values), ids in zip(data.DETAILS.items(), probe.object_maps(scene, m.EncoderConfig())):
         for thing in scene.things:
             assert (ids[scene.mask([thing])] == 1 + list(values).index(getattr(thing, name))).all()
         assert not ids[~scene.mask(scene.things)].any()
+
+
+@pytest.mark.parametrize("shape", [(200, 100), (61, 97), (48, 48)])
+@pytest.mark.parametrize("edge", [0, 24, 30])
+def test_truth_lies_where_the_encoder_sees_it(tmp_path, shape, edge):
+    """Annotations, objects and regions are squeezed or cut as the picture is, for SigLIP (edge 0), CLIP and DINOv2."""
+    c = m.EncoderConfig(image_size=24, shortest_edge=edge, resample=Image.Resampling.NEAREST)
+    ids = np.random.default_rng(0).integers(0, 5, shape[::-1]).astype(np.uint8)
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    Image.fromarray(ids[..., None] * np.uint8([40, 0, 9])).save(tmp_path / "picture.png")
+    seen = probe.annotation(tmp_path / "ids.png", c)
+    assert seen.shape == (24, 24) and (np.array(data.read_picture(tmp_path / "picture.png", c))[..., 0] == 40 * seen).all()
+    wide, high = 24 * shape[0] // min(shape), 24 * shape[1] // min(shape)
+    if edge == 24:          # the middle of the longer side
+        whole = np.array(Image.fromarray(ids).resize((wide, high), Image.Resampling.NEAREST))
+        assert (seen == whole[(high - 24) // 2:, (wide - 24) // 2:][:24, :24]).all()
+    if edge == 0:
+        assert (seen == np.array(Image.fromarray(ids).resize((24, 24), Image.Resampling.NEAREST))).all()
+    scene, picture = data.Scene("probe", 3), Image.new("RGB", (48, 48), "white")
+    picture.paste("black", mask=Image.fromarray(scene.mask(scene.things)))
+    seen = np.array(data.read_picture(picture, c))[..., 0]
+    assert all(((ids > 0) == (seen == 0)).all() for ids in probe.object_maps(scene, c))
 
 
 def test_segmentation_probe_learns_what_is_there_and_only_that():
@@ -226,8 +248,12 @@ def test_annotations(saved, tmp_path, capsys):
 
 
 def test_gradient_maps_of_a_users_model_and_pairs(tmp_path, tokenizer, capsys):
-    """--stage gradients: whoever has a model and pairs gets the picture; done once; without "rejected" one line."""
+    """--stage gradients: whoever has a model and pairs gets the picture, of those that have one; done once; without
+    "rejected" one line."""
     folder = write_tiny(tmp_path, tokenizer)
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    del rows[1]["image"]
+    write_rows(folder / "pairs.jsonl", rows)
     argv = options(folder, stage="gradients")
     made = folder / "runs/paper/gradients"
     assert main(*argv) == 0
@@ -236,8 +262,7 @@ def test_gradient_maps_of_a_users_model_and_pairs(tmp_path, tokenizer, capsys):
     before = (made / "gradients.png").stat().st_mtime_ns
     assert main(*argv) == 0 and (made / "gradients.png").stat().st_mtime_ns == before
     assert main(*argv, "--beta", ".3") == 1 and "was made with beta = 0.1, now 0.3" in capsys.readouterr().err
-    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    write_rows(folder / "one.jsonl", [{k: row[k] for k in ("image", "question", "chosen")} for row in rows])
+    write_rows(folder / "one.jsonl", [{k: row[k] for k in ("question", "chosen")} for row in rows])
     assert main(*options(folder, "--name", "one", stage="gradients", data="one.jsonl")) == 1
     error = capsys.readouterr().err
     assert "one.jsonl: " in error and "rejected" in error and error.count("\n") == 1
