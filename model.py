@@ -557,7 +557,7 @@ def read_encoder_config(folder, image_size=None, config=None):
     pixels |= {"image_size": side, "shortest_edge": one(size) if crop else 0}
     p = checked(EncoderConfig, pixel_file, pixels, ["image_size"], resample=range(6))
     new = image_size or (side if given else min(side, c.image_size))
-    source = {"config.json": raw | {"image_size": c.image_size}, "names": {}, "rest": {},
+    source = {"config.json": raw | {"image_size": c.image_size},
               "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
     c = replace(c, image_size=new, shortest_edge=p.shortest_edge * new // side, resample=p.resample,
                 image_mean=p.image_mean, image_std=p.image_std, source=source)
@@ -596,13 +596,12 @@ def weight_files(folder):
 
 
 def open_tensors(folder, *prefixes):
-    """{name: (open file, its name there)} of a folder's tensors; only the headers are read yet. Of
-    names with one of the prefixes that is cut off, and other names are left out."""
+    """{name: safetensors' slice of it}: shape and dtype; rows are read when asked for. Of names with
+    one of the prefixes that is cut off, and other names are left out."""
     tensors = {}
     for file in weight_files(folder):
-        with reading(file):
-            f = safe_open(file, "pt")
-            tensors |= {name: (f, name) for name in f.keys()}
+        with reading(file), safe_open(file, "pt") as f:
+            tensors |= {name: f.get_slice(name) for name in f.keys()}
     for p in prefixes:
         tensors = {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)} or tensors
     return tensors
@@ -610,62 +609,56 @@ def open_tensors(folder, *prefixes):
 
 def fill(make, folder, tensors, lost=()):
     """make()'s module with a folder's tensors in fp32. All must be there and fit; zeros stand for
-    those whose names begin with `lost`. Under torch.device("meta") it gets no values yet, only the
-    functions that read them, see read_weights."""
+    those whose names begin with `lost`. Under torch.device("meta") it gets no values yet, only
+    where read_weights finds them."""
     with torch.device("meta"):
         module = make()
-    own, module.stored = module.state_dict(), {}
-    antialias = "embeddings.register_tokens" in own         # as DINOv2 does with registers only
+    own = module.state_dict()
     state = {name: v for name, v in own.items() if name.startswith(lost)}
     with reading(folder):
-        for name, (f, key) in tensors.items():
+        for name, t in tensors.items():
+            shape = t.get_shape()
             if name in own:
-                dtype, shape = f.get_slice(key).get_dtype(), f.get_slice(key).get_shape()
-                if dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise TypeError(f"{key} is {dtype}")
+                if t.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise TypeError(f"{name} is {t.get_dtype()}")
                 shape = shape[-own[name].ndim:]             # without the batch of one
                 if "position" in name:                      # interpolated
                     shape = [len(own[name]), *shape[1:]]
-                state[name] = torch.empty(shape, device="meta")
-                module.stored[name] = reader(folder, f, key, own[name].shape, antialias)
-            elif re.match(r"(encoder|model)\.layers\.", name) and "rotary_emb" not in name:
-                raise ValueError(f"Unexpected {key}")       # a bias, a norm, a layer
+            elif not re.match(r"(encoder|model)\.layers\.(?!.*rotary_emb)", name):
+                continue                                    # else a bias, a norm, a layer too many
+            state[name] = torch.empty(shape, device="meta")
         module.load_state_dict(state)
+    # a function, for copies of the module to share: slices of files cannot be copied
+    module.stored = lambda: (folder, {k: t for k, t in tensors.items() if k in own})
     return module if torch.get_default_device().type == "meta" else read_weights(module)
-
-
-def reader(folder, f, key, shape, antialias):
-    """A function (start, stop) -> those rows, in fp32, of a stored tensor that our model wants in
-    this shape. Only they are read, but of positions and tokens, which are small, all."""
-    def read(start, stop):
-        with reading(folder):
-            if f.get_slice(key).get_shape() == [*shape]:
-                t = f.get_slice(key)[start:stop].float()
-            else:                           # a batch of one, positions of pictures of another size
-                t = f.get_tensor(key).float().reshape(-1, *shape[1:])
-                t = t if len(t) == shape[0] else interpolated(t, shape[0], antialias)
-                t = t.reshape(shape)[start:stop]
-        if not t.sum().isfinite():
-            raise BadInput(f"{folder}: {key} has values that are not finite")
-        return t
-    return read
 
 
 def read_weights(model, device="cpu"):
     """Move a model to its device; what fill left on the meta device gets its values there: of a
-    parameter that FSDP has sharded this process reads its own rows only. Returns the model."""
-    stored = {f"{at}.{name}".strip("."): read for at, module in model.named_modules()
-              for name, read in vars(module).pop("stored", {}).items()}
+    parameter that FSDP has sharded this process reads its own rows only, but of positions and
+    tokens, which are small, all. Returns the model."""
     model._apply(lambda t: t.to(device) if t.device.type != "meta" else
                  torch.zeros_like(t, device=device))
-    for name, p in model.named_parameters():
-        if name in stored:
+    for module in [module for module in model.modules() if hasattr(module, "stored")]:
+        folder, tensors = vars(module).pop("stored")()
+        for name, t in tensors.items():
+            p = module.get_parameter(name)
             local, start = p.detach(), 0
             if isinstance(p, DTensor):      # of equal parts, of which the last ones may be shorter
                 local, mesh = local.to_local(), p.device_mesh
                 start = mesh.get_local_rank() * math.ceil(len(p) / mesh.size())
-            if len(local):
-                local.copy_(stored[name](start, start + len(local)))
+            rows = slice(start, start + len(local))
+            with reading(folder):
+                if t.get_shape() == [*p.shape]:
+                    t = t[rows].float()
+                else:                       # a batch of one, positions of pictures of another size
+                    t = t[...].float().reshape(-1, *p.shape[1:])
+                    t = t if len(t) == len(p) else interpolated(
+                        t, len(p), antialias="embeddings.register_tokens" in tensors)
+                    t = t.reshape(p.shape)[rows]
+            if not t.sum().isfinite():
+                raise BadInput(f"{folder}: {name} has values that are not finite")
+            local.copy_(t)
     return model
 
 
@@ -688,29 +681,27 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
     as before."""
     c = read_encoder_config(folder, image_size, config)
     tensors = open_tensors(folder, "model.vision_tower.vision_tower.", "vision_model.")
-    ours = {name: name for name in tensors}         # how our model calls it
-    for theirs, new in RENAME.items():
-        ours = {name: re.sub(theirs, new, now) for name, now in ours.items()}
+    theirs = {functools.reduce(lambda name, rule: re.sub(*rule, name), RENAME.items(), name): name
+              for name in tensors}                  # by our names
     last = f"encoder.layers.{c.num_hidden_layers - 1}."
-    lost = config and not any(name.startswith(last) for name in ours.values())
+    lost = config and not any(name.startswith(last) for name in theirs)
     if not -c.num_hidden_layers - 1 <= select_layer <= (-2 if lost else 0):
         raise BadInput(f"{folder}: select_layer {select_layer} is not one of its "
                        f"{c.num_hidden_layers} layers" +
                        (", of which LLaVA has cut off the last" if lost else ""))
     encoder = fill(lambda: Encoder(c, select_layer), folder,
-                   {ours[name]: tensor for name, tensor in tensors.items()}, last if lost else ())
+                   {our: tensors[name] for our, name in theirs.items()}, last if lost else ())
 
     # ---- kept for saving: names, and what we do not use, but no tables made for another size
     raw, own = c.source["config.json"], encoder.state_dict()
     tower = TOWERS.get(raw["model_type"])
-    for name, (f, key) in tensors.items():
-        stored = "vision_model." * bool(tower) + name
-        if ours[name] in own:
-            c.source["names"][ours[name]] = stored
-        elif c.image_size == raw["image_size"] or "pos" not in name:
-            c.source["rest"][stored] = f.get_tensor(key).clone()
+    c.source["names"] = {our: "vision_model." * bool(tower) + name for our, name in theirs.items()}
+    with torch.device("cpu"):
+        c.source["rest"] = {
+            c.source["names"][our]: tensors[name][...].clone() for our, name in theirs.items()
+            if our not in own and (c.image_size == raw["image_size"] or "pos" not in name)}
     raw |= {"architectures": [tower]} if tower else {}
-    raw |= {"vision_use_head": any("head." in name for name in ours)} if lost else {}
+    raw |= {"vision_use_head": any("head." in name for name in theirs)} if lost else {}
     return encoder
 
 

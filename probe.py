@@ -169,8 +169,7 @@ def load_parts(encoder, projector=None, config=None, select_layer=-2):
         tensors = open_tensors(projector, "model.mm_projector.")
         if "0.weight" not in tensors:
             raise BadInput(f"{projector}: no projector; it has a tensor 0.weight")
-        file, name = tensors["0.weight"]
-        wide, narrow = file.get_slice(name).get_shape()
+        wide, narrow = tensors["0.weight"].get_shape()
         parts.append(fill(lambda: Projector(narrow, wide), projector, tensors))
     return [part.requires_grad_(False).eval() for part in parts]
 

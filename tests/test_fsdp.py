@@ -42,15 +42,23 @@ def make_net(vocabulary):
 def from_folders(base):
     """The model in these folders as a stage loads it on several processes; and, once they are read, how many rows of
     how many this process has read of each tensor of the encoder and the LLM."""
-    shares, honest, patch = {}, m.reader, pytest.MonkeyPatch()
+    shares, honest, patch = {}, m.open_tensors, pytest.MonkeyPatch()
 
-    def counting(folder, f, key, shape, *more):
-        def read(start, stop):
-            shares[folder, key] = stop - start, shape[0]
-            return honest(folder, f, key, shape, *more)(start, stop)
-        return read if folder.name != "projector" else honest(folder, f, key, shape, *more)
+    class Counted:
+        """A slice of a file that knows how much of it was read."""
+        def __init__(self, key, file):
+            self.key, self.file, self.get_shape, self.get_dtype = key, file, file.get_shape, file.get_dtype
 
-    patch.setattr(m, "reader", counting)
+        def __getitem__(self, rows):
+            read = self.file[rows]
+            shares[self.key] = len(read), self.get_shape()[0]
+            return read
+
+    def counting(folder, *prefixes):
+        return {name: t if folder.name == "projector" else Counted((folder, name), t)
+                for name, t in honest(folder, *prefixes).items()}
+
+    patch.setattr(m, "open_tensors", counting)
     with torch.device("meta"):
         net = m.load_model(*(base / part for part in pivot.ALL))
     patch.undo()
