@@ -185,30 +185,6 @@ class EncoderLayer(nn.Module):
         return x + self.layer_scale2 * mlp.fc2(self.act(mlp.fc1(self.layer_norm2(x))))
 
 
-class Embeddings(nn.Module):
-    """(I, 3, H, W) -> (I, extra + tokens, width): class token, registers, patches. All but the
-    registers have learned positions."""
-
-    def __init__(self, c):
-        super().__init__()
-        width, registers, p = c.hidden_size, c.num_register_tokens, c.patch_size
-        self.extra = c.class_token + registers
-        self.patch_embedding = nn.Conv2d(3, width, p, p, bias=not c.pre_norm)
-        self.position_embedding = nn.Embedding(c.class_token + c.tokens, width)
-        self.class_embedding = nn.Parameter(torch.zeros(width)) if c.class_token else None
-        self.register_tokens = nn.Parameter(torch.zeros(registers, width)) if registers else None
-
-    def forward(self, pixels):
-        x = self.patch_embedding(pixels).flatten(2).mT
-        if self.class_embedding is not None:
-            x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), 1)
-        x = x + self.position_embedding.weight
-        if self.register_tokens is not None:
-            registers = self.register_tokens.expand(len(x), -1, -1)
-            x = torch.cat((x[:, :1], registers, x[:, 1:]), 1)
-        return x
-
-
 class Encoder(nn.Module):
     """A vision transformer. (I, 3, H, W) pixels -> (I, tokens, width) features, one a patch.
 
@@ -219,11 +195,18 @@ class Encoder(nn.Module):
     def __init__(self, config, select_layer=-2):
         super().__init__()
         self.config, self.select_layer, c = config, select_layer, config
-        self.embeddings, norm = Embeddings(c), nn.LayerNorm if c.pre_norm else nn.Identity
-        self.pre_layrnorm = norm(c.hidden_size, c.layer_norm_eps)       # CLIP's spelling
+        width, registers, p = c.hidden_size, c.num_register_tokens, c.patch_size
+        self.extra = c.class_token + registers              # tokens before the patches'
+        self.embeddings = e = nn.Module()
+        e.patch_embedding = nn.Conv2d(3, width, p, p, bias=not c.pre_norm)
+        e.position_embedding = nn.Embedding(c.class_token + c.tokens, width)
+        e.class_embedding = nn.Parameter(torch.zeros(width)) if c.class_token else None
+        e.register_tokens = nn.Parameter(torch.zeros(registers, width)) if registers else None
+        norm = nn.LayerNorm if c.pre_norm else nn.Identity
+        self.pre_layrnorm = norm(width, c.layer_norm_eps)               # CLIP's spelling
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(width, c.layer_norm_eps)
 
     def used(self):
         """The layers that run."""
@@ -235,11 +218,18 @@ class Encoder(nn.Module):
         return [*self.encoder.layers[len(self.used()):], *norm]
 
     def forward(self, pixels):
-        x = self.pre_layrnorm(self.embeddings(pixels))
+        e = self.embeddings
+        x = e.patch_embedding(pixels).flatten(2).mT
+        if e.class_embedding is not None:
+            x = torch.cat((e.class_embedding.expand(len(x), 1, -1), x), 1)
+        x = x + e.position_embedding.weight
+        if e.register_tokens is not None:                   # they alone have no positions
+            x = torch.cat((x[:, :1], e.register_tokens.expand(len(x), -1, -1), x[:, 1:]), 1)
+        x = self.pre_layrnorm(x)
         for layer in self.used():
             x = layer(x)
         x = x if self.select_layer else self.post_layernorm(x)
-        return x[:, self.embeddings.extra:]
+        return x[:, self.extra:]
 
 
 class Projector(nn.Sequential):
@@ -268,10 +258,9 @@ class DecoderLayer(nn.Module):
         self.head_dim = c.head_dim
         self.input_layernorm = RMSNorm(width, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, c.rms_norm_eps)
-        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(width, q, bias),
-                                        "k_proj": nn.Linear(width, kv, bias),
-                                        "v_proj": nn.Linear(width, kv, bias),
-                                        "o_proj": nn.Linear(q, width, bias=False)})
+        self.self_attn = nn.ModuleDict(
+            {f"{x}_proj": nn.Linear(width, n, bias) for x, n in zip("qkv", (q, kv, kv))} |
+            {"o_proj": nn.Linear(q, width, bias=False)})
         self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(width, inner, bias=False),
                                   "up_proj": nn.Linear(width, inner, bias=False),
                                   "down_proj": nn.Linear(inner, width, bias=False)})
@@ -813,7 +802,7 @@ def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<im
     """Write the whole model as one folder that transformers' LlavaForConditionalGeneration opens.
     image_token: what stands for a patch in its prompts; its id must be in the LLM's embedding, and
     text must never use it."""
-    c, text, extra = mllm.encoder.config, mllm.llm.config, mllm.encoder.embeddings.extra
+    c, text, extra = mllm.encoder.config, mllm.llm.config, mllm.encoder.extra
     tower, files = encoder_folder(c, mllm.encoder.state_dict())
     if files["config.json"]["model_type"] not in TOWERS or not mllm.encoder.select_layer:
         raise BadInput("llava: wants the features of a layer of SigLIP or CLIP, before the norm")

@@ -454,7 +454,7 @@ def flops(model, lengths, targets, trains, images):
     steps = []      # in the order of the forward pass: (part, matrices, attention)
     if encoder:
         c, layers, tokens = encoder.config, encoder.used(), images * encoder.config.tokens
-        length = c.tokens + encoder.embeddings.extra
+        length = c.tokens + encoder.extra
         steps += [("encoder", 2 * tokens * weights(encoder.embeddings), 0),
                   ("encoder", 2 * images * length * weights(layers),
                    4 * images * length ** 2 * c.hidden_size * len(layers))]
