@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -468,22 +468,17 @@ FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= 
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path, done="read", advice=""):
     """Around what reads: whatever is wrong with a file is one line."""
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+        what = " ".join(str(error).split())[:300]
+        raise BadInput(f"{path}: cannot be {done} ({what}){advice}") from None
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Around what writes: a full disk, or a place that is not ours, is one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written ({error}); what was there is whole: make room "
-                       "and start the same command again") from None
+writing = functools.partial(reading, done="written", advice="; what was there is whole: make room "
+                            "and start the same command again")
 
 
 def read_json(file):
@@ -531,25 +526,24 @@ def read_encoder_config(folder, image_size=None, config=None):
             part if isinstance(part, dict) else {"hidden_size": part})
     family = FAMILIES.get(str(raw.get("model_type")), {})
     values = SIZES | family | raw | ({"hidden_act": "swiglu"} if raw.get("use_swiglu_ffn") else {})
-    c = checked(EncoderConfig, file, values, ["model_type"], model_type=FAMILIES,
-                hidden_act=ACTIVATIONS)
+    native = checked(EncoderConfig, file, values, ["model_type"], model_type=FAMILIES,
+                     hidden_act=ACTIVATIONS).image_size
+
+    # ---- pictures: squashed to a square, or the shorter side resized and a square cropped
+    pixels = values | {k: v for k, v in given.items() if v is not None}
+    size = pixels.get("size") or native
+    crop = pixels.get("do_center_crop") and not (isinstance(size, dict) and "height" in size)
+    side = one((pixels.get("crop_size") or native) if crop else size)
+    pixels |= {"image_size": side, "shortest_edge": one(size) if crop else 0}
+    c = checked(EncoderConfig, pixel_file, pixels, ["image_size"], resample=range(6))
+    new = image_size or (side if given else min(side, native))
+    c.image_size, c.shortest_edge = new, c.shortest_edge * new // side
+    c.source = {"config.json": raw | {"image_size": native},
+                "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
     if c.mlp_ratio:
         c.intermediate_size = int(c.hidden_size * c.mlp_ratio)
         if c.hidden_act == "swiglu":                # two thirds, rounded up to a multiple of 8
             c.intermediate_size = (int(c.intermediate_size * 2 / 3) + 7) // 8 * 8
-
-    # ---- pictures: squashed to a square, or the shorter side resized and a square cropped
-    pixels = family | {k: v for k, v in given.items() if v is not None}
-    size = pixels.get("size") or c.image_size
-    crop = pixels.get("do_center_crop") and not (isinstance(size, dict) and "height" in size)
-    side = one((pixels.get("crop_size") or c.image_size) if crop else size)
-    pixels |= {"image_size": side, "shortest_edge": one(size) if crop else 0}
-    p = checked(EncoderConfig, pixel_file, pixels, ["image_size"], resample=range(6))
-    new = image_size or (side if given else min(side, c.image_size))
-    source = {"config.json": raw | {"image_size": c.image_size},
-              "preprocessor_config.json": {k: pixels[k] for k in SIGLIP} | given}
-    c = replace(c, image_size=new, shortest_edge=p.shortest_edge * new // side, resample=p.resample,
-                image_mean=p.image_mean, image_std=p.image_std, source=source)
     if not 0 < c.tokens <= 1 << 16:
         raise BadInput(f'{file}: image size {new} and "patch_size" {c.patch_size} make {c.tokens} '
                        f"image tokens; this needs 1 to {1 << 16}")
