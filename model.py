@@ -774,21 +774,17 @@ def llm_json(c):
                            if f.compare and f.name not in LLAMA3}}
 
 
-def save_model(folder, state, encoder, projector, llm, tokenizer, dtype=torch.float32):
-    """Write those of encoder/, projector/, llm/ that are asked for. state: the MLLM's full state
-    dict; encoder, llm: their configs or False; projector: True or False."""
-    def part(name):
-        return {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
-
-    folder = Path(folder)
-    if encoder:
-        save_folder(folder / "encoder", *encoder_folder(encoder, part("encoder.")), [], dtype)
-    if projector:
-        config = {"config.json": {"hidden_act": "gelu"}}
-        save_folder(folder / "projector", part("projector."), config, [], dtype)
-    if llm:
-        config = {"config.json": llm_json(llm)}
-        save_folder(folder / "llm", part("llm."), config, tokenizer.files, dtype)
+def save_model(folder, state, model, tokenizer, dtype=torch.float32):
+    """Write encoder/, projector/, llm/, those that the model has. state: its full state dict."""
+    for part, module in model.named_children():
+        tensors = {k: state[f"{part}.{k}"] for k in module.state_dict()}
+        files, copies = {"config.json": {"hidden_act": "gelu"}}, []         # a projector's
+        if part == "encoder":
+            tensors, files = encoder_folder(module.config, tensors)
+        if part == "llm":
+            files, copies = {"config.json": llm_json(module.config)}, tokenizer.files
+        if part in ("encoder", "projector", "llm"):
+            save_folder(Path(folder) / part, tensors, files, copies, dtype)
 
 
 def export_llava(folder, mllm, tokenizer_files, image_token_id, image_token="<image>",

@@ -731,9 +731,7 @@ def run_stage(s, device):
     if first():
         before = start().state_dict()
         probe.check_moved(before, after, trained)
-        has = {part: part in LEAVES.get(s.stage, ALL) for part in ALL}
-        save_model(folder, after, has["encoder"] and model.encoder.config, has["projector"],
-                   has["llm"] and model.llm.config, tokenizer, getattr(torch, s.export_dtype))
+        save_model(folder, after, model, tokenizer, getattr(torch, s.export_dtype))
         export(s, folder)
         probe.curve(folder / "log.jsonl", folder / "curve.png")
         report += [probe.moved(before, after)]

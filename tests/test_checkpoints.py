@@ -75,7 +75,7 @@ def edit(folder, name="config.json", **values):
 
 def save(encoder, folder, **options):
     state = {"encoder." + k: v for k, v in encoder.state_dict().items()}
-    m.save_model(folder, state, encoder.config, False, False, None, **options)
+    m.save_model(folder, state, m.MLLM(encoder, None, None), None, **options)
 
 
 def opened(kind, folder):
@@ -262,7 +262,7 @@ def test_logits_equal_transformers_and_round_trip(family, tmp_path, tokenizer):
         for p in llm.parameters():
             p += .01 * torch.randn(p.shape)
     state = {"llm." + k: v for k, v in llm.state_dict().items()}
-    m.save_model(tmp_path, state, False, False, llm.config, tokenizer)
+    m.save_model(tmp_path, state, m.MLLM(None, None, llm), tokenizer)
     again = opened(t.AutoModelForCausalLM, tmp_path / "llm")
     assert type(again) is type(model)
     with torch.no_grad():
@@ -422,8 +422,7 @@ def test_official_layout(family, tmp_path, tokenizer):
     with pytest.raises(BadInput, match='"model_type" is "llava_qwen"'):
         m.load_encoder(folder)
 
-    m.save_model(tmp_path / "ours", net.state_dict(), net.encoder.config, True, net.llm.config,
-                 tokenizer)
+    m.save_model(tmp_path / "ours", net.state_dict(), net, tokenizer)
     close(theirs(opened(type(vision), tmp_path / "ours/encoder"), pictures(), -2), expected)
     close(opened(t.AutoModelForCausalLM, tmp_path / "ours/llm")(TOKENS).logits, llm(TOKENS).logits)
     back = m.load_model(*(tmp_path / "ours" / p for p in ("encoder", "projector", "llm")))

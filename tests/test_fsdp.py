@@ -182,7 +182,7 @@ def done(tmp_path_factory):
         return [j | {"resume": j["name"].replace(tag, "cut")} for j in jobs(tag, 3)[1:]]
 
     base = make_net(len(data.Tokenizer(tokens)))
-    m.save_model(folder / "base", base.state_dict(), base.encoder.config, True, base.llm.config, data.Tokenizer(tokens))
+    m.save_model(folder / "base", base.state_dict(), base, data.Tokenizer(tokens))
     launch(1, folder, tokens, *jobs("one", BATCH), *jobs("parts", 2))
     launch(2, folder, tokens, *jobs("two", 3), *jobs("cut", 3, stop=1)[1:], *resumed("again2"),
            dict(name="bf16-two", objective="dpo", dtype="bfloat16", micro=3), dict(name="align-two", trains="projector"),

@@ -19,7 +19,7 @@ def close(a, b, relative=1e-5):
 @pytest.fixture
 def theirs(net, tokenizer, tmp_path):
     """What transformers makes of the folders that we write."""
-    m.save_model(tmp_path, net.state_dict(), net.encoder.config, True, net.llm.config, tokenizer)
+    m.save_model(tmp_path, net.state_dict(), net, tokenizer)
     opened = []
     for kind, folder in ((SiglipVisionModel, "encoder"), (Qwen2ForCausalLM, "llm")):
         model, info = kind.from_pretrained(tmp_path / folder, output_loading_info=True, attn_implementation="eager")
@@ -89,7 +89,7 @@ def test_select_layer_counts_as_in_llava(net, theirs, select_layer, state):
 def test_fresh_llama_opens_in_transformers(tokenizer, tmp_path):
     config = m.LLMConfig(vocab_size=len(tokenizer), attention_bias=False, rope_theta=5e5)
     llm = m.initialise(m.Decoder(config), 0)
-    m.save_model(tmp_path, {f"llm.{k}": v for k, v in llm.state_dict().items()}, False, False, config, tokenizer)
+    m.save_model(tmp_path, {f"llm.{k}": v for k, v in llm.state_dict().items()}, m.MLLM(None, None, llm), tokenizer)
     theirs, tokens = LlamaForCausalLM.from_pretrained(tmp_path / "llm"), torch.arange(20)[None]
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_sampling_follows_the_distribution(net, prepare, pairs):
 
 
 def test_save_then_load_is_bit_identical(net, tokenizer, tmp_path):
-    m.save_model(tmp_path, net.state_dict(), net.encoder.config, True, net.llm.config, tokenizer)
+    m.save_model(tmp_path, net.state_dict(), net, tokenizer)
     back = m.load_model(tmp_path / "encoder", tmp_path / "projector", tmp_path / "llm")
     assert back.encoder.config == net.encoder.config and back.llm.config == net.llm.config
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in net.state_dict().items())

@@ -18,7 +18,7 @@ from sft import sft_loss
 
 @pytest.fixture
 def saved(net, tokenizer, tmp_path):
-    m.save_model(tmp_path, net.state_dict(), net.encoder.config, True, net.llm.config, tokenizer)
+    m.save_model(tmp_path, net.state_dict(), net, tokenizer)
     return tmp_path
 
 

@@ -18,7 +18,7 @@ def write_tiny(folder, tokenizer, samples=24):
     encoder = m.EncoderConfig(16, 32, 3, 2, image_size=16)
     llm = m.LLMConfig(len(tokenizer), 16, 32, 2, 2, 1)
     net = m.initialise(m.MLLM(m.Encoder(encoder), m.Projector(16, 16), m.Decoder(llm)), 0)
-    m.save_model(folder / "base", net.state_dict(), encoder, True, llm, tokenizer)
+    m.save_model(folder / "base", net.state_dict(), net, tokenizer)
     rng = random.Random(0)
     rows = []
     for i in range(samples):
