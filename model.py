@@ -307,8 +307,7 @@ class Decoder(nn.Module):
             turns = c.original_max_position_embeddings * f / (2 * math.pi)
             keep = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
             f = f.lerp(f / c.factor, 1 - keep.clamp(0, 1))
-        angle = position[..., None].float() * f
-        angle = torch.cat((angle, angle), -1)[:, None]
+        angle = position[:, None, :, None].float() * torch.cat((f, f))
         cos, sin = angle.cos(), angle.sin()
         for i, layer in enumerate(self.model.layers):
             x = layer(x, mask, cos, sin, past and past[i])
@@ -453,13 +452,9 @@ RENAME = {r"^(vision_model|vit|dinov2|dinov2_with_registers)\.": "", r"\.lambda1
           r"\.(layernorm_before|norm1)\.": ".layer_norm1.",
           r"\.(layernorm_after|norm2)\.": ".layer_norm2."}
 
-# LLMs: model_type to save, class, what config.json means and does not say, what settings may be
-LLAMA = "llama", "LlamaForCausalLM", {}, {}
-QWEN2 = "qwen2", "Qwen2ForCausalLM", {"attention_bias": True}, {"use_sliding_window": [False]}
-MISTRAL = "mistral", "MistralForCausalLM", {"sliding_window": 4096}, {"sliding_window": []}
+LLMS = {"llama": {}, "qwen2": {"attention_bias": True}, "mistral": {"sliding_window": 4096}}
+LLAVA = {"llava_llama": "llama", "llava_qwen": "qwen2"}         # whose LLM it holds
 LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-LLMS = {"llama": LLAMA, "llava_llama": LLAMA, "qwen2": QWEN2, "llava_qwen": QWEN2,
-        "mistral": MISTRAL}
 
 FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= v < 2 ** 24,
         float: lambda v: type(v) in (int, float) and 0 <= v < 2 ** 24,
@@ -554,19 +549,21 @@ def read_llm_config(folder):
     """The LLMConfig of load_llm's model; reads no weights."""
     file = Path(folder) / "config.json"
     raw = read_json(file)
-    model_type, model, usual, known = LLMS.get(str(raw.get("model_type")), LLAMA)
+    model_type = str(raw.get("model_type"))
+    model_type = LLAVA.get(model_type, model_type)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     values = {"num_key_value_heads": raw.get("num_attention_heads"), "attention_bias": False,
               "tie_word_embeddings": False, "rope_type": rope.get("type", "default"),
               "original_max_position_embeddings": raw.get("max_position_embeddings"),
-              **usual, **raw, **rope}
+              **LLMS.get(model_type, {}), **raw, **rope}
     needed = ["model_type", "vocab_size", *[*SIZES][:4]]
     needed += LLAMA3[:3] if values["rope_type"] == "llama3" else ()
-    c = checked(LLMConfig, file, values, needed, model_type=LLMS, hidden_act=["silu"],
+    known = {"sliding_window": []} if model_type == "mistral" else {"use_sliding_window": [False]}
+    c = checked(LLMConfig, file, values, needed, model_type=[*LLMS, *LLAVA], hidden_act=["silu"],
                 rope_type=["default", "llama3"], **known)
     c.source = {k: v for k, v in raw.items() if not k.startswith("mm_")} | {
-        "model_type": model_type, "architectures": [model]}
+        "model_type": model_type, "architectures": [model_type.capitalize() + "ForCausalLM"]}
     return c
 
 
@@ -669,9 +666,9 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
     last = f"encoder.layers.{c.num_hidden_layers - 1}."
     lost = config and not any(name.startswith(last) for name in theirs)
     if not -c.num_hidden_layers - 1 <= select_layer <= (-2 if lost else 0):
+        cut = ", of which LLaVA has cut off the last" if lost else ""
         raise BadInput(f"{folder}: select_layer {select_layer} is not one of its "
-                       f"{c.num_hidden_layers} layers" +
-                       (", of which LLaVA has cut off the last" if lost else ""))
+                       f"{c.num_hidden_layers} layers{cut}")
     encoder = fill(lambda: Encoder(c, select_layer), folder,
                    {our: tensors[name] for our, name in theirs.items()}, last if lost else ())
 
@@ -752,24 +749,23 @@ def encoder_folder(c, state):
                                           "architectures": ["SiglipVisionModel"],
                                           "vision_use_head": False, **{k: getattr(c, k) for k in (
                                               *SIZES, "hidden_act", "layer_norm_eps")}}}
-    tensors = dict(source["rest"])
-    for name, tensor in state.items():
-        name = source["names"].get(name, "vision_model." + name)
-        batch = re.search("cls_token|register_tokens|position_embeddings", name)    # of one
-        tensors[name] = tensor[(None,) * (3 - tensor.ndim)] if batch else tensor
+    tensors = {source["names"].get(name, "vision_model." + name): t for name, t in state.items()}
+    tensors |= {name: t[(None,) * (3 - t.ndim)] for name, t in tensors.items()      # batch of one
+                if re.search("cls_token|register_tokens|position_embeddings", name)}
     square = {"height": c.image_size, "width": c.image_size}
     pixels = {"size": {"shortest_edge": c.shortest_edge} if c.shortest_edge else square,
               "do_center_crop": c.shortest_edge > 0, "crop_size": square, "do_resize": True,
               "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
               **{k: getattr(c, k) for k in ("image_mean", "image_std", "resample")}}
-    return tensors, {"config.json": source["config.json"] | {"image_size": c.image_size},
-                     "preprocessor_config.json": source["preprocessor_config.json"] | pixels}
+    return tensors | source["rest"], {
+        "config.json": source["config.json"] | {"image_size": c.image_size},
+        "preprocessor_config.json": source["preprocessor_config.json"] | pixels}
 
 
 def llm_json(c):
     """config.json of an LLM: the one it came with; a fresh one is a Qwen2 or a Llama."""
-    model_type, model, *_ = QWEN2 if c.attention_bias else LLAMA
-    return c.source or {"model_type": model_type, "architectures": [model], "hidden_act": "silu",
+    kind = ("qwen2", "Qwen2ForCausalLM") if c.attention_bias else ("llama", "LlamaForCausalLM")
+    return c.source or {"model_type": kind[0], "architectures": [kind[1]], "hidden_act": "silu",
                         **{f.name: getattr(c, f.name) for f in fields(c)
                            if f.compare and f.name not in LLAMA3}}
 
