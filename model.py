@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class EncoderConfig:
     image_std: tuple = (.5, .5, .5)
     resample: int = 3               # Pillow's number: 2 bilinear, 3 bicubic
     shortest_edge: int = 0          # resize the shorter side to this, crop the centre; 0: squash
-    source: dict = field(default=None, compare=False, repr=False)   # what else its folder holds
+    source = None                   # what else its folder held, {"config.json": ...}; no field
 
     @property
     def tokens(self):
@@ -75,7 +75,7 @@ class LLMConfig:
     original_max_position_embeddings: int = 8192
     attention_bias: bool = True         # on q, k, v: Qwen2 has it, Llama does not
     tie_word_embeddings: bool = True
-    source: dict = field(default=None, compare=False, repr=False)   # its config.json
+    source = None                       # its config.json as it was read; no field
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -248,8 +248,7 @@ def rotate(x, cos, sin):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer block: attention, of which several query heads share a key and value
-    head, then SwiGLU."""
+    """Pre-norm transformer block: attention with shared key and value heads, then SwiGLU."""
 
     def __init__(self, c):
         super().__init__()
@@ -487,7 +486,7 @@ def checked(kind, file, values, needed=(), **known):
     """A config dataclass of a JSON file's values, each as its field's type FITS, zero only where it
     is the default. needed: names that must be there; known: all that we compute of a setting."""
     values = {k: v for k, v in values.items() if v is not None}
-    kept = {f: values[f.name] for f in fields(kind) if f.compare and f.name in values}
+    kept = {f: values[f.name] for f in fields(kind) if f.name in values}
     wrong = [k for k in needed if k not in values]
     wrong += [k for k, options in known.items() if values.get(k) not in [None, *options]]
     wrong += [f.name for f, v in kept.items() if not FITS[f.type](v) or f.default and (
@@ -715,16 +714,15 @@ def hash_weights(folder):
 
 def write_json(file, value):
     """Write beside the file and rename: it is whole or absent."""
-    temporary = Path(file).with_name(Path(file).name + ".tmp")
     with writing(file):
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(temporary, file)
+        Path(f"{file}.tmp").write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(f"{file}.tmp", file)
 
 
 def save_folder(folder, tensors, files, copies, dtype):
     """One checkpoint folder: model.safetensors, JSON files, copies of others. Whole or absent."""
     folder, stored = Path(folder), str(dtype).removeprefix("torch.")
-    temporary, old = (folder.with_name(f"{folder.name}.{end}") for end in ("tmp", "old"))
+    temporary, old = Path(f"{folder}.tmp"), Path(f"{folder}.old")
     with writing(folder):
         for left in (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -766,8 +764,7 @@ def llm_json(c):
     """config.json of an LLM: the one it came with; a fresh one is a Qwen2 or a Llama."""
     kind = ("qwen2", "Qwen2ForCausalLM") if c.attention_bias else ("llama", "LlamaForCausalLM")
     return c.source or {"model_type": kind[0], "architectures": [kind[1]], "hidden_act": "silu",
-                        **{f.name: getattr(c, f.name) for f in fields(c)
-                           if f.compare and f.name not in LLAMA3}}
+                        **{k: v for k, v in vars(c).items() if k not in LLAMA3}}
 
 
 def save_model(folder, state, model, tokenizer, dtype=torch.float32):
