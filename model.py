@@ -575,8 +575,8 @@ def weight_files(folder):
 
 
 def open_tensors(folder, *prefixes):
-    """{name: safetensors' slice of it}: shape and dtype; rows are read when asked for. Of names with
-    one of the prefixes that is cut off, and other names are left out."""
+    """{name: safetensors' slice}: shape and dtype; rows are read when asked for. Of names with one
+    of the prefixes that is cut off, and other names are left out."""
     tensors = {}
     for file in weight_files(folder):
         with reading(file), safe_open(file, "pt") as f:
@@ -630,25 +630,26 @@ def read_weights(model, device="cpu"):
             with reading(folder):
                 if t.get_shape() == [*p.shape]:
                     t = t[rows].float()
-                else:                       # a batch of one, positions of pictures of another size
-                    t = t[...].float().reshape(-1, *p.shape[1:])
-                    t = t if len(t) == len(p) else interpolated(
-                        t, len(p), antialias="embeddings.register_tokens" in tensors)
-                    t = t.reshape(p.shape)[rows]
+                else:
+                    antialias = "embeddings.register_tokens" in tensors     # as DINOv2's authors
+                    t = fitted(t[...].float(), p.shape, antialias)[rows]
             if not t.sum().isfinite():
                 raise BadInput(f"{folder}: {name} has values that are not finite")
             local.copy_(t)
     return model
 
 
-def interpolated(table, rows, antialias):
-    """Positions of n * n patches, and before them a class token's if it has one, for another n:
-    (rows, width)."""
-    n, side = math.isqrt(len(table)), math.isqrt(rows)
-    first, grid = table.split((len(table) - n * n, n * n))
-    grid = F.interpolate(grid.T.reshape(1, -1, n, n), (side, side), mode="bicubic",
-                         antialias=antialias)
-    return torch.cat((first, grid[0].flatten(1).T))
+def fitted(table, shape, antialias):
+    """What is stored in another shape than ours: with a batch of one; and positions of n * n
+    patches, before them a class token's if it has one, for pictures of another size."""
+    table = table.reshape(-1, *shape[1:])
+    if len(table) != shape[0]:
+        n, side = math.isqrt(len(table)), math.isqrt(shape[0])
+        first, grid = table.split((len(table) - n * n, n * n))
+        grid = F.interpolate(grid.T.reshape(1, -1, n, n), (side, side), mode="bicubic",
+                             antialias=antialias)
+        table = torch.cat((first, grid[0].flatten(1).T))
+    return table
 
 
 def load_encoder(folder, select_layer=-2, image_size=None, config=None):
@@ -742,11 +743,11 @@ def save_folder(folder, tensors, files, copies, dtype):
 
 def encoder_folder(c, state):
     """(tensors, JSON files) of an encoder: as in the folder it came from; a fresh one's: SigLIP"""
-    source = c.source or {"names": {}, "rest": {}, "preprocessor_config.json": SIGLIP,
-                          "config.json": {"model_type": "siglip_vision_model",
-                                          "architectures": ["SiglipVisionModel"],
-                                          "vision_use_head": False, **{k: getattr(c, k) for k in (
-                                              *SIZES, "hidden_act", "layer_norm_eps")}}}
+    fresh = {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"],
+             "vision_use_head": False,
+             **{k: getattr(c, k) for k in (*SIZES, "hidden_act", "layer_norm_eps")}}
+    source = {"names": {}, "rest": {}, "config.json": fresh, "preprocessor_config.json": SIGLIP}
+    source |= c.source or {}
     tensors = {source["names"].get(name, "vision_model." + name): t for name, t in state.items()}
     tensors |= {name: t[(None,) * (3 - t.ndim)] for name, t in tensors.items()      # batch of one
                 if re.search("cls_token|register_tokens|position_embeddings", name)}
