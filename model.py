@@ -463,7 +463,7 @@ FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= 
 
 @contextlib.contextmanager
 def reading(path, done="read", advice=""):
-    """Around what reads: whatever is wrong with a file is one line."""
+    """Around what reads or, as `writing`, writes: whatever is wrong with a file is one line."""
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -616,8 +616,7 @@ def read_weights(model, device="cpu"):
     """Move a model to its device; what fill left on the meta device gets its values there: of a
     parameter that FSDP has sharded this process reads its own rows only, but of positions and
     tokens, which are small, all. Returns the model."""
-    model._apply(lambda t: t.to(device) if t.device.type != "meta" else
-                 torch.zeros_like(t, device=device))
+    model._apply(lambda t: torch.zeros_like(t, device=device) if t.is_meta else t.to(device))
     for module in [module for module in model.modules() if hasattr(module, "stored")]:
         folder, tensors = vars(module).pop("stored")()
         for name, t in tensors.items():
@@ -662,7 +661,7 @@ def load_encoder(folder, select_layer=-2, image_size=None, config=None):
     c = read_encoder_config(folder, image_size, config)
     tensors = open_tensors(folder, "model.vision_tower.vision_tower.", "vision_model.")
     theirs = {functools.reduce(lambda name, rule: re.sub(*rule, name), RENAME.items(), name): name
-              for name in tensors}                  # by our names
+              for name in tensors}                              # {our name: theirs}
     last = f"encoder.layers.{c.num_hidden_layers - 1}."
     lost = config and not any(name.startswith(last) for name in theirs)
     if not -c.num_hidden_layers - 1 <= select_layer <= (-2 if lost else 0):
