@@ -350,7 +350,8 @@ class MLLM(nn.Module):
 
         Logits exist only at target positions, LOGIT_CHUNK of them at a time; backward computes
         each chunk again."""
-        kernels = self.kernels and batch.tokens.is_cuda and torch.is_autocast_enabled("cuda")
+        kernels = (self.kernels and batch.tokens.is_cuda and torch.is_autocast_enabled("cuda") and
+                   self.llm.config.head_dim >= 16)          # FlexAttention has no smaller ones
         mask = mask_of(batch.sample, batch.segment, kernels)
         hidden = self.llm(self.embed(batch), mask, batch.position)
         hidden, head, logps = hidden.flatten(0, 1)[batch.source], self.llm.head(), []
@@ -462,17 +463,22 @@ FITS = {bool: lambda v: type(v) is bool, int: lambda v: type(v) is int and 0 <= 
 
 
 @contextlib.contextmanager
-def reading(path, done="read", advice=""):
-    """Around what reads or, as `writing`, writes: whatever is wrong with a file is one line."""
+def reading(path):
+    """Around what reads: whatever is wrong with a file is one line."""
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        what = " ".join(str(error).split())[:300]
-        raise BadInput(f"{path}: cannot be {done} ({what}){advice}") from None
+        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from None
 
 
-writing = functools.partial(reading, done="written", advice="; what was there is whole: make room "
-                            "and start the same command again")
+@contextlib.contextmanager
+def writing(path):
+    """Around what writes: a full disk, or a place that is not ours, is one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be written ({error}); what was there is whole: make room "
+                       "and start the same command again") from None
 
 
 def read_json(file):
@@ -529,7 +535,8 @@ def read_encoder_config(folder, image_size=None, config=None):
     crop = pixels.get("do_center_crop") and not (isinstance(size, dict) and "height" in size)
     side = one((pixels.get("crop_size") or native) if crop else size)
     pixels |= {"image_size": side, "shortest_edge": one(size) if crop else 0}
-    c = checked(EncoderConfig, pixel_file, pixels, ["image_size"], resample=range(6))
+    c = checked(EncoderConfig, pixel_file, pixels, ["image_size"], resample=range(6),
+                do_resize=[True], do_rescale=[True], do_normalize=[True])
     new = image_size or (side if given else min(side, native))
     c.image_size, c.shortest_edge = new, c.shortest_edge * new // side
     c.source = {"config.json": raw | {"image_size": native},
@@ -570,7 +577,8 @@ def weight_files(folder):
     """The safetensors files of a folder: one, or shards."""
     files = sorted(filter(Path.is_file, Path(folder).glob("*.safetensors")))
     if not files:
-        raise BadInput(f"{folder}: no safetensors there; name a folder with a model in it")
+        raise BadInput(f"{folder}: no safetensors there (a .bin is not read: save it as one); name "
+                       "a folder with a model in it")
     return files
 
 
