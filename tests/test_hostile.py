@@ -252,6 +252,7 @@ CASES = {   # what it is: (what it does to the folder, what the line says; None:
     "image_mean is text": (edit(PIXELS, image_mean="x"), 'preprocessor_config.json: "image_mean"'),
     "image_std is zero": (edit(PIXELS, image_std=[0, 0, 0]), 'preprocessor_config.json: "image_std"'),
     "resample unknown": (edit(PIXELS, resample=99), 'preprocessor_config.json: "resample" is 99'),
+    "pixels left as they are": (edit(PIXELS, do_rescale=False), 'preprocessor_config.json: "do_rescale" is false'),
     # ---- weights
     "only pickles": (pickles, "base/llm: no safetensors"), "weights empty": (file(WEIGHTS, b""), "llm/model.safetensors: cannot"),
     "weights cut": (lambda f: os.truncate(f / WEIGHTS, 20_000), "llm/model.safetensors: cannot be read"),
