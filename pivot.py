@@ -747,15 +747,19 @@ def fingerprints(*datasets):
 
 
 def conclude(s, folder, report, settings, parts, pairs, questions, prepare, device):
-    """Add tables to the report on what the stage left, and mark it as finished."""
-    known = fingerprints(pairs, questions)
+    """Add tables to the report on what the stage left, and finish it."""
     if s.stage in ("instruct", "sft", "dpo", "pivot"):
         report += measure(s, folder, parts, pairs, questions, prepare, device)
+    finish(folder, settings | {"measured": fingerprints(pairs, questions)}, report)
+
+
+def finish(folder, settings, report):
+    """Write the report; what settings.json then says is that all is there."""
     if first():
         (folder / "report.md").write_text("\n\n".join(report) + "\n")
-        write_json(folder / "settings.json", settings | {"finished": True, "measured": known})
+        write_json(folder / "settings.json", settings | {"finished": True})
     dist.barrier()
-    say("\n\n".join(report) + f"\n\n{folder}: done")
+    say("\n\n".join([*report, f"{folder}: done"]))
 
 
 def export(s, folder):
@@ -837,14 +841,15 @@ def run_probe(s, device):
         raise BadInput(f"{runs}: no finished stage of {s.name}, or none of {s.base}: train one")
     settings = {k: getattr(s, k) for k in ("seed", "split", "select_layer")}
     settings |= {"inputs": {name: hash_weights(at) for name, at in encoders.items()}}
-    if begin_alone(s, folder, settings):
+    if begun(folder, settings):
         return
     encoders = {name: (at,) if Path(at).parent.name == "encoder" else
                 (at, str(Path(at).parent / "projector")) for name, at in encoders.items()}
     scenes = (60, 20, 60) if s.preset == "toy" else (1000, 300, 1000)
     results = probe.probes(encoders, llm=llm / "llm", select_layer=s.select_layer, seed=s.seed,
                            scenes=scenes, device=device, out=folder)
-    end_alone(s, folder, settings, {"probes": results}, probe.probe_tables(results))
+    write_json(folder / "results.json", {"probes": results})
+    finish(folder, settings, [f"# {s.name}/{s.stage}", *probe.probe_tables(results)])
 
 
 def run_gradients(s, device):
@@ -860,7 +865,7 @@ def run_gradients(s, device):
                                            "eval_scenes", "template", "image_size")}
     settings |= {"inputs": {part: hash_weights(at) for part, at in parts.items()} |
                  {"data": given.fingerprint() if given else None}}
-    if begin_alone(s, folder, settings):
+    if begun(folder, settings):
         return
     model = load_model(*(parts[part] for part in ALL), s.select_layer, s.seed, s.image_size,
                        s.encoder_config).to(device).requires_grad_(False)
@@ -880,23 +885,16 @@ def run_gradients(s, device):
         file = folder / ("-".join(["gradients", *kind.split()]) + ".png")
         probe.gradient_picture([samples[i] for i in shown], prepare.encoder, maps[list(shown)],
                                file)
-    end_alone(s, folder, settings, {"gradients": rows}, probe.gradient_tables(rows))
+    write_json(folder / "results.json", {"gradients": rows})
+    finish(folder, settings, [f"# {s.name}/{s.stage}", *probe.gradient_tables(rows)])
 
 
-def begin_alone(s, folder, settings):
+def begun(folder, settings):
     """For what one process does. Was it done before with the same settings? Then say so."""
     if same_or_refuse(folder, settings):
         say((folder / "report.md").read_text())
         return True
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def end_alone(s, folder, settings, results, tables):
-    write_json(folder / "results.json", results)
-    text = "\n\n".join([f"# {s.name}/{s.stage}", *tables])
-    (folder / "report.md").write_text(text + "\n")
-    write_json(folder / "settings.json", settings | {"finished": True})
-    say(text + f"\n\n{folder}: done")
 
 
 # ---------------------------------------------------------------------------- chat, command line
