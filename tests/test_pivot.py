@@ -195,6 +195,20 @@ def test_pivot_keeps_the_encoder_and_learns_the_rest(toy):
     assert weights(runs / "again/pivot-align/encoder") == weights(source)
 
 
+def test_one_ranks_bad_sample_ends_the_job(toy, tmp_path):
+    """The other rank waits for it in the first step's sum: it must not wait for ever, nor the first one to say goodbye."""
+    runs, _ = toy
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    bad = pivot.data.shuffled(0, 2, 2, 0)[1]                    # of the first step's two the second rank's
+    rows = [{"id": f"s{i}", "image": "b.png" if i == bad else "a.png", "question": "what", "chosen": "red"} for i in (0, 1)]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(r | {"rejected": "blue"}) + "\n" for r in rows))
+    done = run("--stage", "sft", *TOY, "--runs", runs, "--name", "bad", "--data", tmp_path / "one.jsonl", "--batch", 2,
+               processes=2, check=False)
+    assert done.returncode and f"sample s{bad}: cannot read picture" in done.stderr
+    assert not (runs / "bad/sft/encoder").exists()
+
+
 def test_the_papers_preset_wants_files(toy, tmp_path):
     runs, _ = toy
     given = [x for part in pivot.ALL for x in (f"--{part}", runs / "toy/instruct" / part)]
